@@ -1,0 +1,45 @@
+# The torch to install, as pip arguments. It goes in first and alone, so that what depends on it accepts the
+# build chosen here (a CPU wheel, a nightly, a local file) instead of pulling the default one.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+MINUTES ?= 3
+RUN ?= runs/quickstart
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := src scripts tests
+
+.PHONY: help quickstart test test-all lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --editable '.[train,dev]'
+	touch $@
+
+quickstart: $(STAMP)  ## train a small model on real text, reload it, generate (about five minutes on two cores)
+	$(BIN)/python scripts/train.py --output $(RUN) --minutes $(MINUTES)
+	$(BIN)/python scripts/generate.py $(RUN) --contexts 100 20000 --report $(RUN)/report.md
+
+test: lint  ## lint and the quick tests
+	$(BIN)/pytest -n auto -m "not slow"
+
+test-all: lint  ## lint and all tests
+	$(BIN)/pytest -n auto
+
+lint: $(STAMP)  ## ruff: lint and format, changing nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(STAMP)  ## ruff: fix and format in place
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:  ## remove the virtual environment, runs and caches
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
