@@ -54,9 +54,9 @@ def mlstm_recurrent_step(
 ) -> tuple[torch.Tensor, MLSTMState]:
     """One step. q, k (B, H, K), v (B, H, V), gates (B, H); returns h (B, H, V) in the state's dtype and the new state.
 
-        m_t = max(log f_t + m_{t-1}, i_t),  f' = exp(log f_t + m_{t-1} - m_t),  i' = exp(i_t - m_t)
-        C_t = f' C_{t-1} + i' k_t v_t^T,    n_t = f' n_{t-1} + i' k_t
-        h_t = C_t^T q_t / (max(|n_t^T q_t|, exp(-m_t)) + eps)         with q_t = scale * q
+    m_t = max(log f_t + m_{t-1}, i_t),  f' = exp(log f_t + m_{t-1} - m_t),  i' = exp(i_t - m_t)
+    C_t = f' C_{t-1} + i' k_t v_t^T,    n_t = f' n_{t-1} + i' k_t
+    h_t = C_t^T q_t / (max(|n_t^T q_t|, exp(-m_t)) + eps)         with q_t = scale * q
     """
     c, n, m = state
     q, k, v, igate, fgate = (x.to(c.dtype) for x in (q, k, v, igate, fgate))

@@ -1,10 +1,10 @@
 """The mLSTM in PyTorch: chunkwise-parallel over a sequence with its own backward pass, and one step for decoding.
 
 A sequence is cut into N chunks of L tokens. Inside a chunk every pair of tokens j <= t has the log weight
-D_jt = i_j + log f_{j+1} + ... + log f_t: with its maximum as stabilizer, the chunk is one masked attention. The states
-between chunks obey the same formula one level up: chunk j contributes to the state after chunk t with the log weight
-r_j + g_{j+1} + ... + g_t, where g is a chunk's summed log f and r the stabilizer of its own contribution. So all states
-come from one small matrix product, and no loop runs over chunks or tokens.
+D_jt = i_j + log f_{j+1} + ... + log f_t: with its maximum as stabilizer, the chunk is one masked attention. The
+states between chunks obey the same formula one level up: chunk j contributes to the state after chunk t with the log
+weight r_j + g_{j+1} + ... + g_t, where g is a chunk's summed log f and r the stabilizer of its own contribution. So
+all states come from one small matrix product, and no loop runs over chunks or tokens.
 
 Every sum of log f over an interval is formed as such, never as a difference of two longer sums: that keeps the digits
 that matter, and an exactly closed forget gate (log f = -inf) is a reset, not a NaN.
@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from .mlstm_reference import MLSTMState, gate_dtype, log_forget_gate, stabilizer
 
 
-# Longer sequences run piece by piece, so that memory and the product over chunks stay small.
-MAX_PIECE = 32_768
-
-
-def default_chunk_size(length: int) -> int:
-    """Work per token grows with L inside chunks and with T / L between them."""
-    return 64 if length <= 4096 else 128 if length <= 16_384 else 256
+# Work and memory per token grow with L inside chunks and with the number of chunks between them.
+DEFAULT_CHUNK_SIZE = 64
+# Longer sequences run piece by piece.
+MAX_CHUNKS = 256
+# q, k, v, log f and igate of a step that leaves the state as it is.
+NO_STEP = (0.0, 0.0, 0.0, 0.0, -torch.inf)
 
 
 class ChunkOrder(NamedTuple):
@@ -47,7 +46,7 @@ class ChunkOrder(NamedTuple):
 
 
 def _interval_weights(log_f: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
-    """(..., L), (..., L) to (..., L, L): entry (j, t) is igate_j + log_f_{j+1} + ... + log_f_t for j <= t, else -inf."""
+    """(..., L), (..., L) to (..., L, L): entry (j, t) is igate_j + log_f_{j+1} + ... + log_f_t; -inf for j > t."""
     length = log_f.shape[-1]
     terms = log_f[..., None, :].expand(*log_f.shape, length).triu(1)
     terms.diagonal(dim1=-2, dim2=-1).copy_(igate)
@@ -114,12 +113,16 @@ class _Chunkwise(torch.autograd.Function):
             g = g / torch.maximum(s.abs(), floor).add_(ctx.eps)[..., None]
             ds = torch.where(s.abs() > floor, -s.sign() * (h * g).sum(-1), 0)
 
-            # inside chunks; the gate gradients are row and column sums of the gradient by the log weights
+            # inside chunks; gate gradients are row and column sums of the gradient by the log weights. The diagonal,
+            # where no forget gate lies between, would cancel in their difference and bury the rest: it is kept apart.
             scores = bmm(x.k, x.q.mT)
             error = bmm(x.v, g.mT).add_(ds[..., None, :]).mul_(inner)
             dv = bmm(scores * inner, g)
             dq, dk = bmm(error.mT, x.k), bmm(error, x.q)
             dlog = error.mul_(scores)
+            diagonal = dlog.diagonal(dim1=-2, dim2=-1)
+            by_itself = diagonal.clone()
+            diagonal.zero_()
             by_query, by_key = dlog.sum(-2), dlog.sum(-1)
 
             # from the state before each chunk
@@ -135,11 +138,12 @@ class _Chunkwise(torch.autograd.Function):
             dk += dk_carry
             dv += bmm(x.k * x.into[..., None], dc_chunk)
 
-            # log f_t lies between all pairs (j < t <= s): token to token, state to token, token to state, state to state
+            # log f_t lies between all pairs j < t <= s: token to token, state to token, token to state, state to state
             from_state, to_state = (x.q * dq_carry).sum(-1), (x.k * dk_carry).sum(-1)
             later = (by_query - by_key + from_state).flip(-1).cumsum(-1).flip(-1)
-            dlog_f = later + (to_state.cumsum(-1) - to_state) + dg[..., None]
-            digate = by_key + to_state
+            earlier = F.pad(to_state.cumsum(-1)[..., :-1], (1, 0))
+            dlog_f = later + earlier + dg[..., None]
+            digate = by_key + by_itself + to_state
 
         grads = [_from_chunks(d, y.dtype) for d, y in ((dq.mul_(ctx.scale), q), (dk, k), (dv, v))]
         gates = [_from_chunks(d, y.dtype) for d, y in ((dlog_f, log_f), (digate, igate))]
@@ -236,11 +240,13 @@ def mlstm_chunkwise(
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """The sequence, all chunks at once; shapes as in `hf_xlstm.ops.mlstm`."""
     batch, length = q.shape[:2]
-    if cu_seqlens is None and length > MAX_PIECE:
+    chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+    if not torch.compiler.is_compiling():  # there, one graph for all lengths
+        chunk_size = min(chunk_size, length)
+    if cu_seqlens is None and length > MAX_CHUNKS * chunk_size:
         return _piecewise(
             q, k, v, igate, fgate, initial_state, output_final_state, mask, scale=scale, eps=eps, chunk_size=chunk_size
         )
-    chunk_size = min(chunk_size or default_chunk_size(length), length)
     out_dtype = v.dtype
     if q.dtype == torch.float16:  # too narrow for the states, and very slow on CPUs
         q, k, v = q.float(), k.float(), v.float()
@@ -251,19 +257,19 @@ def mlstm_chunkwise(
 
     inputs = (q, k, v, log_f, igate)
     if cu_seqlens is None:
-        padding = -length % chunk_size
-        order = ChunkOrder.unpacked((length + padding) // chunk_size, q.device)
-        if padding or torch.compiler.is_compiling():  # one graph for all lengths
-            inputs = tuple(F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in inputs[:4]) + (
-                F.pad(igate, (0, 0, 0, padding), value=-torch.inf),
+        chunks = (length + chunk_size - 1) // chunk_size
+        padding = chunks * chunk_size - length
+        order = ChunkOrder.unpacked(chunks, q.device)
+        if torch.compiler.is_compiling() or padding:
+            inputs = tuple(
+                F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill) for x, fill in zip(inputs, NO_STEP)
             )
         states = None if initial_state is None else tuple(x.unsqueeze(2) for x in initial_state)
     else:
         order, slots = _packed_order(cu_seqlens, length, chunk_size)
         size = order.chunk.shape[0] * chunk_size
         inputs = tuple(
-            x.new_full((batch, size, *x.shape[2:]), fill).index_copy(1, slots, x)
-            for x, fill in zip(inputs, (0, 0, 0, 0, -torch.inf))
+            x.new_full((batch, size, *x.shape[2:]), fill).index_copy(1, slots, x) for x, fill in zip(inputs, NO_STEP)
         )
         states = None if initial_state is None else tuple(x.transpose(0, 1).unsqueeze(0) for x in initial_state)
     c0, n0, m0 = states or (None, None, log_f.new_zeros(batch, q.shape[2], order.initial.shape[0]))
@@ -279,16 +285,17 @@ def mlstm_chunkwise(
     return h, tuple(x.squeeze(0).transpose(0, 1) for x in (c, n, m))
 
 
-def _piecewise(q, k, v, igate, fgate, state, output_final_state, mask, **options):
-    """A very long sequence, MAX_PIECE tokens at a time."""
-    outputs = []
-    for start in range(0, q.shape[1], MAX_PIECE):
-        piece = slice(start, start + MAX_PIECE)
+def _piecewise(q, k, v, igate, fgate, state, output_final_state, mask, chunk_size, **options):
+    """A very long sequence, MAX_CHUNKS chunks at a time."""
+    outputs, size = [], MAX_CHUNKS * chunk_size
+    for start in range(0, q.shape[1], size):
+        piece = slice(start, start + size)
         h, state = mlstm_chunkwise(
             *(x[:, piece] for x in (q, k, v, igate, fgate)),
             initial_state=state,
             output_final_state=True,
             mask=None if mask is None else mask[:, piece],
+            chunk_size=chunk_size,
             **options,
         )
         outputs.append(h)
@@ -298,8 +305,8 @@ def _piecewise(q, k, v, igate, fgate, state, output_final_state, mask, **options
 def _packed_order(cu_seqlens: torch.Tensor, length: int, chunk_size: int) -> tuple[ChunkOrder, torch.Tensor]:
     """Cut every document into chunks of its own; the last one is filled up with empty steps.
 
-    Returns the order of the chunks, and each token's place (T,) among all steps. The number of chunks is an upper bound
-    that depends on shapes alone; the surplus follows the last document and carries its state on.
+    Returns the order of the chunks, and each token's place (T,) among all steps. The number of chunks is an upper
+    bound that depends on shapes alone; the surplus follows the last document and carries its state on.
     """
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     documents = starts.shape[0]
