@@ -1,0 +1,116 @@
+"""Checkpoints that load without this package: a folder with weights, configuration and the code itself.
+
+Transformers runs code that lies next to a checkpoint (`trust_remote_code=True`) if it is one folder of modules that
+import each other by `from .module import name`. So the package is flattened: `ops/mlstm_torch.py` becomes
+`ops_mlstm_torch.py`. What is imported only inside functions (the Triton kernels, this module) stays behind, and such
+an import raises ImportError there, which the dispatch of the operators takes for "not available".
+"""
+
+import ast
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_xlstm.xLSTMConfig",
+    "AutoModel": "modeling_xlstm.xLSTMModel",
+    "AutoModelForCausalLM": "modeling_xlstm.xLSTMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_xlstm.xLSTMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_xlstm.xLSTMForTokenClassification",
+}
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [xlstm]
+---
+
+# {name}
+
+An xLSTM of {parameters:,} parameters in {blocks} blocks ({layers}).
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```
+
+With the package `hf-xlstm` installed, `import hf_xlstm` takes the place of `trust_remote_code=True` and brings the
+Triton kernels.
+"""
+
+
+def save_self_contained(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
+) -> None:
+    """Saves what a stranger with nothing but Transformers needs to use `model`, ready to upload as a repository.
+
+    Args:
+        tokenizer: saved along.
+        card: the text of README.md; a short one by default.
+    """
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    Path(directory, "README.md").write_text(card or default_card(model, Path(directory).name), encoding="utf-8")
+
+
+def default_card(model: PreTrainedModel, name: str) -> str:
+    types = model.config.layers_block_type
+    layers = ", ".join(f"{types.count(kind)} {kind}" for kind in dict.fromkeys(types))
+    return CARD.format(name=name, parameters=model.num_parameters(), blocks=len(types), layers=layers)
+
+
+def save_code(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+    """Writes the flattened package into `directory` and names its classes in the configuration, to be saved next."""
+    os.makedirs(directory, exist_ok=True)
+    for name, source in flat_modules().items():
+        Path(directory, name).write_text(source, encoding="utf-8")
+    model.config.auto_map = dict(AUTO_MAP)
+
+
+def flat_modules() -> dict[str, str]:
+    """File name to source, for each module that the classes in AUTO_MAP import while they are loaded."""
+    files = {}
+    pending = {f"{__package__}.{reference.split('.')[0]}" for reference in AUTO_MAP.values()}
+    while pending:
+        module = pending.pop()
+        source, imported = _flatten(module)
+        files[f"{_flat_name(module)}.py"] = source
+        pending |= {name for name in imported if f"{_flat_name(name)}.py" not in files}
+    return files
+
+
+def _flatten(module: str) -> tuple[str, list[str]]:
+    """The source of `module` with its relative imports rewritten, and the full names of the modules it needs."""
+    spec = importlib.util.find_spec(module)
+    package = module if spec.submodule_search_locations else spec.parent
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    lines, imported = source.splitlines(keepends=True), []
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        first, last = node.lineno - 1, node.end_lineno
+        if node not in tree.body:
+            indent = " " * node.col_offset
+            lines[first:last] = [f'{indent}raise ImportError("this needs the hf-xlstm package")\n'] + [""] * (
+                last - first - 1
+            )
+            continue
+        target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        lines[first] = re.sub(r"from \.+[\w.]*", f"from .{_flat_name(target)}", lines[first])
+        imported.append(target)
+    return "".join(lines), imported
+
+
+def _flat_name(module: str) -> str:
+    return module.removeprefix(f"{__package__}.").replace(".", "_")
