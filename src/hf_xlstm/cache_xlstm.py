@@ -28,7 +28,7 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
     def __init__(self, layer_type: str, shape: tuple[int, ...]):
         super().__init__(number_of_states=len(STATE_NAMES[layer_type]))
         self.layer_type = layer_type
-        self.shape = shape  # (heads, head dims ...), to recognise the state of another model
+        self.shape = shape  # as in `state_specs`, to recognise the state of another model
         self._records: list[tuple[int, Callable[[xLSTMCacheLayer, int], None]]] = []
 
     @property
@@ -272,9 +272,9 @@ class xLSTMCache(Cache):
 
 
 def state_specs(config: xLSTMConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Type and per-sequence state shape of every block."""
+    """Type of every block and the numbers its state depends on: heads, head dims, taps of the convolution."""
     shapes = {
         "mlstm": (config.num_heads, config.qk_head_dim, config.v_head_dim),
-        "slstm": (config.slstm_num_heads or config.num_heads, config.slstm_head_dim),
+        "slstm": (config.slstm_num_heads or config.num_heads, config.slstm_head_dim, config.slstm_conv_kernel_size),
     }
     return [(layer_type, shapes[layer_type]) for layer_type in config.layers_block_type]

@@ -73,6 +73,7 @@ class xLSTMConfig(PreTrainedConfig):
         "embedding_dim": "hidden_size",
         "num_blocks": "num_hidden_layers",
         "num_attention_heads": "num_heads",
+        "final_logit_softcapping": "output_logit_soft_cap",  # TRL computes logits by itself and looks for this name
     }
     # by heads; each rank has its slice of the head norm's weight, and sLSTM layers, which are small, are on every rank
     base_model_tp_plan = {
@@ -83,7 +84,6 @@ class xLSTMConfig(PreTrainedConfig):
         "blocks.*.mlstm_layer.ogate_preact": "colwise",
         "blocks.*.mlstm_layer.igate_preact": "colwise",
         "blocks.*.mlstm_layer.fgate_preact": "colwise",
-        "blocks.*.mlstm_layer.multihead_norm": "local_params",
         "blocks.*.mlstm_layer.multihead_norm.weight": "colwise",
         "blocks.*.mlstm_layer.out_proj": "rowwise",
         "blocks.*.ffn.proj_up_gate": "colwise",
@@ -109,9 +109,9 @@ class xLSTMConfig(PreTrainedConfig):
     norm_reduction_force_float32: bool = True
     tie_word_embeddings: bool = False
     add_out_norm: bool = True
-    norm_eps: float = 1e-6
-    qk_dim_factor: float = 0.5
-    v_dim_factor: float = 1.0
+    norm_eps: float | int = 1e-6
+    qk_dim_factor: float | int = 0.5
+    v_dim_factor: float | int = 1.0
     chunkwise_kernel: str = "chunkwise--native_autograd"
     sequence_kernel: str = "native_sequence__native"
     step_kernel: str = "native"
@@ -119,12 +119,12 @@ class xLSTMConfig(PreTrainedConfig):
     chunk_size: int = 64
     return_last_states: bool = True
     autocast_kernel_dtype: str = "bfloat16"
-    eps: float = 1e-6
+    eps: float | int = 1e-6
     inference_state_dtype: str = "float32"
-    ffn_proj_factor: float = 2.667
+    ffn_proj_factor: float | int = 2.667
     ffn_round_up_to_multiple_of: int = 64
-    gate_soft_cap: float | None = 15.0
-    output_logit_soft_cap: float | None = 30.0
+    gate_soft_cap: float | int | None = 15.0
+    output_logit_soft_cap: float | int | None = 30.0
     weight_mode: str = "single"
     use_cache: bool = True
     pad_token_id: int | None = 1
@@ -155,6 +155,9 @@ class xLSTMConfig(PreTrainedConfig):
         output = super().to_dict()
         if output.get("layer_types") is None:
             output.pop("layer_types", None)
+        elif "num_hidden_layers" in output:
+            # Trainer also reads the file as a bare PreTrainedConfig, which refuses our layer types beside this field
+            output["num_blocks"] = output.pop("num_hidden_layers")
         return output
 
     def _resolve_aliases(self, kwargs: dict) -> None:

@@ -35,8 +35,9 @@ tags: [xlstm]
 An xLSTM of {parameters:,} parameters in {blocks} blocks ({layers}).
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 ```
 

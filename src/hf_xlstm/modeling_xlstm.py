@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
@@ -31,17 +32,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_xlstm import xLSTMCache, xLSTMCacheLayer
 from .configuration_xlstm import xLSTMConfig
+from .inference import JointLinear, prepare_for_decoding
 from .ops import mlstm, mlstm_step, slstm, slstm_step
+from .ops.pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
 logger = logging.get_logger(__name__)
 
 # for peft's LoraConfig(target_modules=...): the large maps of every block, not the gates of the cells
 LORA_TARGET_MODULES = ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"]
-
-
-def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class xLSTMRMSNorm(nn.Module):
@@ -54,12 +53,18 @@ class xLSTMRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        x = rms_norm(x, self.weight, self.eps)
         return x if self.bias is None else x + self.bias
 
 
+def local_slice(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """What tensor parallelism, which handles linear layers itself, leaves this process of another parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class xLSTMMultiHeadNorm(nn.Module):
-    """Layer norm over each head, with one weight for all channels: (B, T, H, V) to (B, T, H V)."""
+    """Layer norm over each head, with one weight for all channels, and the output gate where there is one:
+    (B, T, H, V) to (B, T, H V)."""
 
     def __init__(self, hidden_size: int, eps: float, bias: bool = False):
         super().__init__()
@@ -67,9 +72,13 @@ class xLSTMMultiHeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype).flatten(-2) * self.weight
-        return x if self.bias is None else x + self.bias
+    def forward(self, x: torch.Tensor, ogate: torch.Tensor | None = None) -> torch.Tensor:
+        weight, bias = local_slice(self.weight), local_slice(self.bias)
+        if ogate is not None and bias is None:
+            return gated_head_norm(x, ogate, weight, self.eps)
+        x = head_norm(x, self.eps) * weight
+        x = x if bias is None else x + bias
+        return x if ogate is None else torch.sigmoid(ogate) * x
 
 
 class xLSTMFeedForward(nn.Module):
@@ -80,9 +89,14 @@ class xLSTMFeedForward(nn.Module):
         self.proj_up_gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
         self.proj_up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
         self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
+        self.joint = JointLinear()
+
+    def pack(self) -> None:
+        self.joint.pack(self.proj_up_gate, self.proj_up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj_down(F.silu(self.proj_up_gate(x)) * self.proj_up(x))
+        gate, up = self.joint(x, self.proj_up_gate, self.proj_up)
+        return self.proj_down(swiglu(gate, up))
 
 
 def run_cell(
@@ -127,6 +141,13 @@ class xLSTMmLSTMLayer(nn.Module):
         self.fgate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
         self.multihead_norm = xLSTMMultiHeadNorm(config.v_dim, eps=config.norm_eps, bias=bias)
         self.out_proj = nn.Linear(config.v_dim, hidden_size, bias=bias)
+        self.joint = JointLinear()
+
+    def _input_maps(self) -> tuple[nn.Module, ...]:
+        return self.q, self.k, self.v, self.ogate_preact, self.igate_preact, self.fgate_preact
+
+    def pack(self) -> None:
+        self.joint.pack(*self._input_maps())
 
     def forward(
         self,
@@ -135,15 +156,16 @@ class xLSTMmLSTMLayer(nn.Module):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        q, k, v, ogate, igate, fgate = self.joint(x, *self._input_maps())
         inputs = (
-            self.q(x).unflatten(-1, (-1, self.qk_head_dim)),
-            self.k(x).unflatten(-1, (-1, self.qk_head_dim)),
-            self.v(x).unflatten(-1, (-1, self.v_head_dim)),
-            soft_cap(self.igate_preact(x).float(), self.gate_soft_cap),
-            soft_cap(self.fgate_preact(x).float(), self.gate_soft_cap),
+            q.unflatten(-1, (-1, self.qk_head_dim)),
+            k.unflatten(-1, (-1, self.qk_head_dim)),
+            v.unflatten(-1, (-1, self.v_head_dim)),
+            soft_cap(igate.float(), self.gate_soft_cap),
+            soft_cap(fgate.float(), self.gate_soft_cap),
         )
         h = run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens)
-        return self.out_proj(torch.sigmoid(self.ogate_preact(x)) * self.multihead_norm(h))
+        return self.out_proj(self.multihead_norm(h, ogate))
 
 
 class xLSTMHeadwiseLinear(nn.Module):
@@ -299,6 +321,11 @@ class xLSTMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": xLSTMBlock}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        kwargs.setdefault("use_safetensors", True)  # never a pickle, unless asked for
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         if self._auto_class is None:  # else this is code that came with a checkpoint, which Transformers copies itself
@@ -516,6 +543,9 @@ def packed_bounds(
 ) -> torch.Tensor | None:
     """The bounds (N + 1,) of packed documents in the flattened batch, or None if nothing is packed."""
     batch_size, length = inputs_embeds.shape[:2]
+    for name, x in (("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if x is not None and tuple(x.shape) not in ((batch_size, length), (1, length)):
+            raise ValueError(f"`{name}` must have shape (B, T) = {(batch_size, length)}, got {tuple(x.shape)}.")
     if cu_seq_lens is not None:
         return cu_seq_lens
     if seq_idx is not None:
@@ -586,6 +616,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""
+        prepare_for_decoding(self)
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
@@ -593,6 +624,11 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
         cache.is_compileable = "static" in (generation_config.cache_implementation or "")
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)  # of no use to a recurrent model, and reason to recompile
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:

@@ -29,16 +29,17 @@ def zero_mlstm_state(q: torch.Tensor, v: torch.Tensor, batch_size: int) -> MLSTM
 
 def log_forget_gate(fgate: torch.Tensor) -> torch.Tensor:
     """log sigmoid(fgate). PyTorch's own gives NaN for +-inf in the backward pass; the limits are what we want."""
+    if not (fgate.requires_grad and torch.is_grad_enabled()):
+        return F.logsigmoid(fgate)
     return torch.where(fgate.isinf(), fgate.clamp_max(0), F.logsigmoid(fgate.nan_to_num(posinf=0.0, neginf=0.0)))
 
 
-def stabilizer(log_f: torch.Tensor, igate: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+def stabilizer(kept: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
     """m_t = max(log f_t + m_{t-1}, i_t): any value serves that keeps exponents <= 0, so it carries no gradient.
 
     Kept finite: with both gates at -inf the state is empty, and -inf - -inf must not arise.
     """
-    m_new = torch.maximum(log_f + m, igate).detach()
-    return m_new.clamp_min(torch.finfo(m_new.dtype).min / 4)
+    return torch.maximum(kept, igate).detach().clamp_min(torch.finfo(kept.dtype).min / 4)
 
 
 def mlstm_recurrent_step(
@@ -60,9 +61,9 @@ def mlstm_recurrent_step(
     """
     c, n, m = state
     q, k, v, igate, fgate = (x.to(c.dtype) for x in (q, k, v, igate, fgate))
-    log_f = log_forget_gate(fgate)
-    m_new = stabilizer(log_f, igate, m.detach())
-    f = torch.exp(log_f + m.detach() - m_new)
+    kept = log_forget_gate(fgate) + m.detach()
+    m_new = stabilizer(kept, igate)
+    f = torch.exp(kept - m_new)
     i = torch.exp(igate - m_new)
     c = f[..., None, None] * c + (i[..., None] * k)[..., None] * v[..., None, :]
     n = f[..., None] * n + i[..., None] * k

@@ -338,19 +338,19 @@ def mlstm_step_torch(
 ) -> tuple[torch.Tensor, MLSTMState]:
     """One step; shapes as in `hf_xlstm.ops.mlstm_step`. The equations stand at `mlstm_recurrent_step`."""
     c, n, m = state
-    log_f, igate = log_forget_gate(fgate.to(m.dtype)), igate.to(m.dtype)
-    m_new = stabilizer(log_f, igate, m.detach())
-    forget = torch.exp(log_f + m.detach() - m_new)[..., None]
+    igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach()
+    m_new = stabilizer(kept, igate)
+    forget = torch.exp(kept - m_new)[..., None]
     k = k * torch.exp(igate - m_new)[..., None]
     if inplace:
-        n, c = n.mul_(forget).add_(k), c.mul_(forget[..., None])
-        c.addcmul_(k[..., None], v[..., None, :])
+        n.mul_(forget).add_(k)
+        c.mul_(forget[..., None]).addcmul_(k[..., None], v[..., None, :])
         m.copy_(m_new)
     else:
         n = torch.addcmul(k, n, forget)
         c = torch.addcmul(k[..., None] * v[..., None, :], c, forget[..., None])
         m = m_new
     q = q.to(m.dtype) * scale
-    denominator = torch.maximum((q * n).sum(-1).abs(), torch.exp(-m_new)).add(eps)
+    denominator = torch.maximum((q * n).sum(-1).abs_(), torch.exp(-m_new)).add_(eps)
     h = (q[..., None, :] @ c).squeeze(-2) / denominator[..., None]
     return h.to(v.dtype), (c, n, m)

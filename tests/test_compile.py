@@ -1,0 +1,180 @@
+"""torch.compile and torch.export: one graph without breaks, for every length, with the numbers of eager mode."""
+
+import pytest
+import torch
+from common import STACKS, assert_same_states, relative_error, tiny_model, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hf_xlstm import xLSTMCache
+from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
+
+
+LENGTHS = [5, 8, 9, 16, 17, 30, 33, 64, 65, 100]
+stacks = pytest.mark.parametrize("stack", STACKS)
+# traces and lowers like the real thing, without compiling C++
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compile_counted(function, backend=BACKEND, **options):
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+
+
+@torch.no_grad()
+@stacks
+def test_forward(stack):
+    """Ten lengths, at most two graphs."""
+    model = tiny_model(**STACKS[stack])
+    compiled, counter = compile_counted(lambda ids: model(ids, use_cache=False).logits, dynamic=True)
+    for length in LENGTHS:
+        ids = tokens(2, length)
+        assert relative_error(compiled(ids), model(ids).logits) < 1e-5
+    assert counter.frame_count <= 2
+
+
+@stacks
+def test_backward(stack):
+    model = tiny_model(**STACKS[stack]).train()
+    compiled, counter = compile_counted(lambda ids: model(ids, labels=ids).loss, dynamic=True)
+    for length in LENGTHS:
+        ids = tokens(2, length)
+        expected = torch.autograd.grad(model(ids, labels=ids).loss, model.parameters())
+        actual = torch.autograd.grad(compiled(ids), model.parameters())
+        for x, y in zip(actual, expected, strict=True):
+            assert relative_error(x, y) < 1e-4
+    assert counter.frame_count <= 2
+
+
+@torch.no_grad()
+@stacks
+def test_decode_step(stack):
+    """One graph for all steps, which writes the states where they are."""
+    model, ids = tiny_model(**STACKS[stack]), tokens(2, 20)
+    expected = model(ids, use_cache=True)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    addresses = [x.data_ptr() for layer in cache.layers for x in layer.tensors().values()]
+    compiled, counter = compile_counted(lambda ids, cache: model(ids, past_key_values=cache).logits)
+    logits = [compiled(token, cache) for token in ids[:, 10:].split(1, dim=1)]
+    assert counter.frame_count == 1
+    assert relative_error(torch.cat(logits, dim=1), expected.logits[:, 10:]) < 1e-5
+    assert [x.data_ptr() for layer in cache.layers for x in layer.tensors().values()] == addresses
+    assert cache.get_seq_length() == 20
+    assert_same_states(cache, expected.past_key_values)
+
+
+@torch.no_grad()
+@stacks
+def test_masked_and_packed(stack):
+    model, ids = tiny_model(**STACKS[stack]), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    compiled, _ = compile_counted(lambda ids, **kwargs: model(ids, use_cache=False, **kwargs).logits)
+    for inputs in ({"attention_mask": mask}, {"cu_seq_lens_q": torch.tensor([0, 3, 20, 40])}, {"seq_idx": mask}):
+        assert relative_error(compiled(ids, **inputs), model(ids, **inputs).logits) < 1e-5
+
+
+def op_calls() -> dict:
+    B, T, H, K, V = 1, 20, 2, 4, 5
+    state = (torch.randn(B, H, K, V), torch.randn(B, H, K), torch.randn(B, H))
+    sequence = [torch.randn(B, T, H, size) for size in (K, K, V)] + [torch.randn(B, T, H) for _ in range(2)]
+    weights = (torch.randn(4, H, K, K), torch.randn(4, H, K))
+    gates, slstm_state = torch.randn(B, T, 4, H, K), tuple(torch.rand(4, B, H, K) + 1)
+    options = {"output_final_state": True}
+    return {
+        "mlstm": (mlstm, sequence, options),
+        "mlstm from a state": (mlstm, sequence, {"initial_state": state, **options}),
+        "mlstm packed": (mlstm, sequence, {"cu_seqlens": torch.tensor([0, 7, 20]), **options}),
+        "mlstm step": (mlstm_step, [*(x[:, 0] for x in sequence), state], {}),
+        "slstm": (slstm, [gates, *weights], options),
+        "slstm from a state": (slstm, [gates, *weights], {"initial_state": slstm_state, **options}),
+        "slstm packed": (slstm, [gates, *weights], {"cu_seqlens": torch.tensor([0, 7, 20]), **options}),
+        "slstm step": (slstm_step, [gates[:, 0], *weights, slstm_state], {}),
+    }
+
+
+@pytest.mark.parametrize("call", op_calls())
+def test_ops(call):
+    torch.manual_seed(0)
+    function, arguments, options = op_calls()[call]
+    leaves = [x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor)]
+
+    def loss(*arguments):
+        h, state = function(*arguments, **options)
+        return h.square().sum() + state[0].sum()
+
+    compiled, counter = compile_counted(loss)
+    expected, actual = loss(*arguments), compiled(*arguments)
+    assert relative_error(actual, expected) < 1e-5
+    for x, y in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert relative_error(x, y) < 1e-4
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["mlstm", "conv"])
+def test_inductor(stack):
+    """The real compiler: training step, prefill and decode step."""
+    model, ids = tiny_model(**STACKS[stack]), tokens(2, 20)
+    step, _ = compile_counted(lambda ids: model(ids, labels=ids, use_cache=False).loss, "inductor", dynamic=True)
+    for length in (20, 13):
+        part = ids[:, :length]
+        expected = torch.autograd.grad(model(part, labels=part).loss, model.parameters())
+        for x, y in zip(torch.autograd.grad(step(part), model.parameters()), expected, strict=True):
+            assert relative_error(x, y) < 1e-4
+    with torch.no_grad():
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        decode, _ = compile_counted(lambda ids, cache: model(ids, past_key_values=cache).logits, "inductor")
+        logits = [decode(token, cache) for token in ids[:, 10:].split(1, dim=1)]
+        assert relative_error(torch.cat(logits, dim=1), model(ids).logits[:, 10:]) < 1e-5
+
+
+class Prefill(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        outputs = self.model(ids, use_cache=True)
+        return outputs.logits, [layer.tensors() for layer in outputs.past_key_values.layers]
+
+
+class Step(torch.nn.Module):
+    """One token, with the state as plain tensors in and out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, states):
+        cache = xLSTMCache(self.model.config)
+        for layer, tensors in zip(cache.layers, states, strict=True):
+            tensors = dict(tensors)
+            if "conv" in tensors:
+                layer.update_conv_state(tensors.pop("conv"))
+            layer.update(tuple(tensors.values()))
+        logits = self.model(ids, past_key_values=cache).logits
+        return logits, [layer.tensors() for layer in cache.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stack", ["mlstm", pytest.param("conv", marks=pytest.mark.slow)])
+def test_export(stack):
+    """Prefill of any length and a decode step, as two programs without Python."""
+    model, ids = tiny_model(**STACKS[stack]), tokens(2, 30)
+    length = torch.export.Dim("length", min=2, max=4096)
+    prefill = torch.export.export(Prefill(model), (ids,), dynamic_shapes={"ids": {1: length}}, strict=False).module()
+    expected = model(ids).logits
+    for count in (20, 9, 2):
+        logits, states = prefill(ids[:, :count])
+        assert relative_error(logits, expected[:, :count]) < 1e-5
+    step = torch.export.export(Step(model), (ids[:, :1], states), strict=False).module()
+    for t in range(2, 30):
+        logits, states = step(ids[:, t : t + 1], states)
+        assert relative_error(logits, expected[:, t : t + 1]) < 1e-5

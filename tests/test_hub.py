@@ -1,0 +1,297 @@
+"""Conversations with a Hub on localhost, by the real client; each in a process of its own, as strangers have them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import push_to_hub
+import pytest
+import tokenizers
+import torch
+from hub_server import TOKEN, USER, HubServer
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import hf_xlstm
+from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.hub import AUTO_MAP, flat_modules, save_self_contained
+
+
+REPOSITORY = f"{USER}/tiny"
+PROMPT = [[5, 3, 7, 2, 9, 4]]
+# what a process sees where neither the package nor Triton was ever installed
+STRANGER = "import sys; sys.modules['hf_xlstm'] = sys.modules['triton'] = None\n"
+
+
+def tiny_model(layer_types: list[str] | None = None, seed: int = 0) -> xLSTMForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
+    return xLSTMForCausalLM(xLSTMConfig(**sizes, layer_types=layer_types)).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(torch.tensor(PROMPT)).logits
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def start(hub, tmp_path):
+    """Starts `python -c code arguments` or any other command as a client of the hub, with an empty cache."""
+
+    def start(*command: str, token: str = TOKEN) -> subprocess.Popen:
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+        return subprocess.Popen(command, env={**os.environ, **hub.environment, **home}, **options)
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    def run(*command: str, **options) -> str:
+        process = start(*command, **options)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        return output
+
+    return run
+
+
+def python(code: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-c", code, *map(str, arguments))
+
+
+# --- self-contained folders ------------------------------------------------------------------------------------------
+
+
+def test_flat_modules_stand_alone():
+    modules = flat_modules()
+    assert {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()} <= set(modules)
+    assert not any("triton" in name for name in modules)
+    for source in modules.values():
+        compile(source, "module", "exec")
+        # the pattern by which Transformers finds the files that a module needs
+        for needed in re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE):
+            assert f"{needed}.py" in modules
+
+
+def test_package_wins_over_the_code_in_a_folder(tmp_path):
+    save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is hf_xlstm.xLSTMForCausalLM
+
+
+def test_folder_works_for_a_stranger_and_can_be_saved_again(run, tmp_path):
+    model = tiny_model(["mlstm", "slstm"])
+    save_self_contained(model, tmp_path / "first")
+    code = f"""{STRANGER}
+import torch
+from transformers import AutoModelForCausalLM
+prompt = torch.tensor({PROMPT})
+model = AutoModelForCausalLM.from_pretrained("first", trust_remote_code=True)
+model.save_pretrained("second")
+again = AutoModelForCausalLM.from_pretrained("second", trust_remote_code=True)
+assert type(again).__module__.startswith("transformers_modules.")
+torch.save((again(prompt).logits, again.generate(prompt, max_new_tokens=8, do_sample=False)), "results.pt")
+"""
+    run(*python(code))
+    seen_logits, seen_tokens = torch.load(tmp_path / "results.pt")
+    torch.testing.assert_close(seen_logits, logits(model))
+    expected = model.generate(torch.tensor(PROMPT), max_new_tokens=8, do_sample=False)
+    torch.testing.assert_close(seen_tokens, expected)
+    assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(flat_modules())
+
+
+def test_plain_transformers_opens_pure_mlstm_and_refuses_slstm(run, tmp_path):
+    pure = tiny_model()
+    save_self_contained(pure, tmp_path / "pure")
+    save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / "mixed")
+    code = f"""{STRANGER}
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("pure", trust_remote_code=False)
+assert type(model).__module__.startswith("transformers.models.")
+torch.save(model(torch.tensor({PROMPT}), use_cache=False).logits, "logits.pt")
+try:
+    AutoModelForCausalLM.from_pretrained("mixed", trust_remote_code=False)
+except Exception as error:
+    print("refused:", error)
+"""
+    output = run(*python(code))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(pure))
+    assert re.search(r"refused: .*layer_types", output, flags=re.DOTALL), output
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_sharded_push_and_use_by_a_stranger(hub, run, tmp_path):
+    model = tiny_model(["slstm", "mlstm"])
+    save_self_contained(model, tmp_path / "model")
+    push = f"""
+from transformers import AutoModelForCausalLM
+import hf_xlstm
+model = AutoModelForCausalLM.from_pretrained("model")
+model.push_to_hub("{REPOSITORY}", max_shard_size="20KB")
+model.push_to_hub("{REPOSITORY}", revision="whole")
+"""
+    use = f"""{STRANGER}
+import torch
+from transformers import AutoModelForCausalLM
+for revision in ("main", "whole"):
+    model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", revision=revision, trust_remote_code=True)
+    torch.save(model(torch.tensor({PROMPT})).logits, f"{{revision}}.pt")
+"""
+    run(*python(f"from huggingface_hub import HfApi; HfApi().create_repo('{REPOSITORY}')"))
+    hub.find(REPOSITORY).commit("whole", {})
+    run(*python(push))
+    files = hub.files(REPOSITORY)
+    assert {"config.json", "generation_config.json", "README.md", *flat_modules()} <= set(files)
+    assert len([name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]) > 1
+    assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+    assert "model.safetensors" in hub.files(REPOSITORY, "whole")
+
+    run(*python(use))
+    for revision in ("main", "whole"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{revision}.pt"), logits(model))
+
+
+def test_history_branches_card_and_deletion(hub, run):
+    code = f"""
+from pathlib import Path
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
+api = HfApi()
+api.create_repo("{REPOSITORY}")
+first = api.upload_file(path_or_fileobj=b"one", path_in_repo="a.txt", repo_id="{REPOSITORY}")
+api.create_branch("{REPOSITORY}", branch="work")
+api.upload_file(path_or_fileobj=b"two", path_in_repo="a.txt", repo_id="{REPOSITORY}")
+read = lambda revision: Path(hf_hub_download("{REPOSITORY}", "a.txt", revision=revision)).read_text()
+assert [read(first.oid), read("work"), read("main")] == ["one", "one", "two"]
+
+ModelCard("---\\nlicense: apache-2.0\\n---\\n# tiny").push_to_hub("{REPOSITORY}")
+assert ModelCard.load("{REPOSITORY}").data.license == "apache-2.0"
+api.delete_file("a.txt", "{REPOSITORY}")
+assert [path.name for path in Path(snapshot_download("{REPOSITORY}")).iterdir()] == ["README.md"]
+api.delete_repo("{REPOSITORY}")
+assert not api.repo_exists("{REPOSITORY}")
+"""
+    run(*python(code))
+    assert not hub.repositories
+
+
+def test_command_line(hub, run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights.safetensors").write_bytes(os.urandom(100_000))
+    hf = str(Path(sys.executable).with_name("hf"))
+    assert USER in run(hf, "auth", "whoami")
+    run(hf, "upload", REPOSITORY, "folder")  # creates the repository
+    run(hf, "download", REPOSITORY, "--local-dir", "copy")
+    original, copy = (tmp_path / name / "weights.safetensors" for name in ("folder", "copy"))
+    assert copy.read_bytes() == original.read_bytes()
+
+
+def test_interrupted_push_leaves_the_repository_as_it_was(hub, start, run, tmp_path):
+    save_self_contained(tiny_model(), tmp_path / "model")
+    code = "from huggingface_hub import HfApi; HfApi().upload_folder(repo_id='{}', folder_path='model')"
+    push = python(code.format(REPOSITORY))
+    run(*python(f"from huggingface_hub import HfApi; HfApi().create_repo('{REPOSITORY}')"))
+    run(*push)
+    before = hub.files(REPOSITORY)
+
+    save_self_contained(tiny_model(seed=1), tmp_path / "model", card="# another")
+    interrupted = []
+    hub.before_upload = lambda: interrupted[0].kill()
+    interrupted.append(start(*push))
+    interrupted[0].communicate()
+    assert interrupted[0].returncode == -signal.SIGKILL
+    assert hub.files(REPOSITORY) == before
+
+    hub.before_upload = lambda: None
+    run(*push)
+    after = hub.files(REPOSITORY)
+    assert after["README.md"] == b"# another" and after["model.safetensors"] != before["model.safetensors"]
+
+
+def test_wrong_token_and_missing_repository_give_clear_errors(hub, start):
+    hub.repositories.clear()
+    download = f"from huggingface_hub import snapshot_download; snapshot_download('{USER}/missing')"
+    output, _ = start(*python(download)).communicate()
+    assert "RepositoryNotFoundError" in output and f"{USER}/missing" in output
+
+    create = f"from huggingface_hub import HfApi; HfApi().create_repo('{REPOSITORY}')"
+    output, _ = start(*python(create), token="hf_wrong").communicate()
+    assert "401" in output and "Invalid credentials" in output
+    assert not hub.repositories
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """The output directory of scripts/train.py, and something in it that is not to be published."""
+    words = {word: index for index, word in enumerate(["[UNK]", "Once", "upon", "a", "time"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tiny_model(["mlstm", "slstm"]).save_pretrained(tmp_path / "run")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "run")
+    metrics = {"bits_per_byte": 2.5, "yardsticks": {"lzma": 3.5}, "corpus": "four words", "parameters": 35432}
+    sizes = ("train_bytes", "train_tokens", "heldout_bytes", "steps", "tokens_seen", "training_seconds")
+    metrics |= dict.fromkeys(sizes, 7) | {"layer_types": ["mlstm", "slstm"], "device": "cpu", "arguments": {"seed": 0}}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "run" / "optimizer.pt").write_bytes(b"state")
+    return tmp_path / "run"
+
+
+def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
+    push_to_hub.main()
+    shown = capsys.readouterr().out
+    assert "| model.safetensors |" in shown and "optimizer.pt" not in shown
+    assert "| lzma | 3.500 |" in shown and "four words" in shown
+
+
+@pytest.mark.slow
+def test_push_script_publishes_what_its_card_says(hub, run, trained):
+    run(sys.executable, push_to_hub.__file__, str(trained), REPOSITORY)
+    files = hub.files(REPOSITORY)
+    published = {"config.json", "model.safetensors", "tokenizer.json", "metrics.json", *flat_modules()}
+    assert published <= set(files) and "optimizer.pt" not in files
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0" and card.data.eval_results[0].metric_value == 2.5
+    example = re.search(r"```python\n(.*?)```", card.content, flags=re.DOTALL)[1]
+    assert "Once upon a time" in run(*python(STRANGER + example))
+
+
+@pytest.mark.slow
+def test_trainer_pushes_what_a_stranger_can_use(hub, run, tmp_path):
+    save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / "model")
+    train = f"""
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import hf_xlstm
+rows = [{{"input_ids": torch.arange(8), "labels": torch.arange(8)}}] * 4
+arguments = TrainingArguments(
+    "trained", push_to_hub=True, hub_model_id="{REPOSITORY}", max_steps=2, save_steps=1, report_to=[], use_cpu=True
+)
+trainer = Trainer(AutoModelForCausalLM.from_pretrained("model"), arguments, train_dataset=rows)
+trainer.train()
+trainer.push_to_hub()
+torch.save(trainer.model.eval()(torch.tensor({PROMPT})).logits, "trained.pt")
+"""
+    use = f"""{STRANGER}
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", trust_remote_code=True)
+torch.save(model(torch.tensor({PROMPT})).logits, "used.pt")
+"""
+    run(*python(train))
+    run(*python(use))
+    torch.testing.assert_close(torch.load(tmp_path / "used.pt"), torch.load(tmp_path / "trained.pt"))

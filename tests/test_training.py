@@ -1,0 +1,168 @@
+"""Training with Transformers' Trainer, in every setting that people use."""
+
+import math
+
+import pytest
+import torch
+from common import MIXED, VOCAB_SIZE, relative_error, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+from hf_xlstm import xLSTMForCausalLM
+
+
+def make_texts(count: int, padded: bool, seed: int = 0) -> list[dict]:
+    """Sequences that count upwards from a random token: learnt in a few steps. Padded: of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, VOCAB_SIZE, (count,), generator=generator).tolist()
+    lengths = torch.randint(3, 30, (count,), generator=generator).tolist() if padded else [21] * count
+    return [
+        {"input_ids": [(start + t) % VOCAB_SIZE for t in range(length)]}
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def collate(texts: list[dict]) -> dict[str, torch.Tensor]:
+    """Pads on the right, with labels -100."""
+    length = max(len(text["input_ids"]) for text in texts)
+    rows = [text["input_ids"] + [-100] * (length - len(text["input_ids"])) for text in texts]
+    labels = torch.tensor(rows)
+    return {"input_ids": labels.clamp_min(0), "attention_mask": (labels >= 0).long(), "labels": labels}
+
+
+def make_trainer(directory, model=None, padded=True, **arguments) -> Trainer:
+    set_seed(0)
+    if model is None:
+        model = xLSTMForCausalLM(tiny_config(layer_types=MIXED))
+    defaults = {
+        "output_dir": str(directory),
+        "max_steps": 10,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(**(defaults | arguments)),
+        data_collator=collate,
+        train_dataset=make_texts(64, padded),
+        eval_dataset=make_texts(16, padded, seed=1),
+    )
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+SETTINGS = {
+    "float32": {},
+    "autocast": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "autocast and checkpointing": {"bf16": True, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_loss_falls(setting, padded, tmp_path):
+    trainer = make_trainer(tmp_path, padded=padded, **SETTINGS[setting])
+    trainer.train()
+    first, *_, last = losses(trainer)
+    assert abs(first - math.log(VOCAB_SIZE)) < 0.5
+    assert last < first - 0.5
+    assert trainer.evaluate()["eval_loss"] < first - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_falls_with_weights_in(dtype, tmp_path):
+    model = xLSTMForCausalLM(tiny_config(layer_types=MIXED)).to(dtype)
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    first, *_, last = losses(trainer)
+    assert last < first - 0.5
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("setting", ["checkpointing", "accumulation"])
+def test_settings_that_change_nothing(setting, tmp_path):
+    """Checkpointing recomputes the same; two half batches are one batch, since the loss is divided by the tokens of
+    both (`num_items_in_batch`)."""
+    expected, actual = (make_trainer(tmp_path, max_steps=3, **SETTINGS[name]) for name in ("float32", setting))
+    expected.train()
+    actual.train()
+    assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
+    for x, y in zip(actual.model.parameters(), expected.model.parameters(), strict=True):
+        assert relative_error(x, y) < 1e-2
+
+
+def test_padding_does_not_change_the_loss(tmp_path):
+    """The loss of a padded batch is that of its tokens, each text by itself."""
+    model, texts = tiny_model(layer_types=MIXED), make_texts(8, padded=True)
+    counts = [len(text["input_ids"]) - 1 for text in texts]
+    with torch.no_grad():
+        alone = sum(model(**collate([text])).loss * count for text, count in zip(texts, counts, strict=True))
+        assert relative_error(model(**collate(texts)).loss, alone / sum(counts)) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 63, 64, 65, 130])
+def test_any_length(length):
+    """No length is special, whatever the chunk size."""
+    model = xLSTMForCausalLM(tiny_config(layer_types=MIXED, chunk_size=64)).train()
+    ids = torch.arange(length)[None] % VOCAB_SIZE
+    logits = model(ids).logits
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_save_model_and_evaluate_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    expected = trainer.evaluate()["eval_loss"]
+    trainer.save_model(tmp_path / "final")
+    again = make_trainer(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path / "final"))
+    assert again.evaluate()["eval_loss"] == expected
+
+
+def test_predictions_are_logits_only(tmp_path):
+    """The cache is no prediction: evaluation neither gathers nor returns it."""
+    predictions = make_trainer(tmp_path, padded=False).predict(make_texts(8, padded=False)).predictions
+    assert predictions.shape == (8, 21, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("setting", ["float32", "autocast"])
+def test_resume(setting, tmp_path):
+    """Stopped after 5 steps and resumed from the checkpoint, the other 5 are as if nothing had happened."""
+    options = SETTINGS[setting] | {"save_strategy": "steps", "save_steps": 5}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert losses(resumed)[5:] == losses(whole)[5:]
+    for x, y in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_learns_what_needs_memory(tmp_path):
+    """The first token decides the last one, 30 random tokens later: both cells learn it."""
+    generator = torch.Generator().manual_seed(0)
+    for layer_types in (["mlstm"] * 2, ["slstm"] * 2):
+        set_seed(0)
+        model = xLSTMForCausalLM(tiny_config(layer_types=layer_types)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(400):
+            ids = torch.randint(10, VOCAB_SIZE, (32, 32), generator=generator)
+            ids[:, 0] = ids[:, -1] = torch.randint(0, 4, (32,), generator=generator)
+            ids[:, -2] = 5  # asks for it
+            labels = torch.full_like(ids, -100)
+            labels[:, -1] = ids[:, -1]
+            loss = model(ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss < 0.1, layer_types
