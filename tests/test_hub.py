@@ -178,7 +178,8 @@ api.upload_file(path_or_fileobj=b"two", path_in_repo="a.txt", repo_id="{REPOSITO
 read = lambda revision: Path(hf_hub_download("{REPOSITORY}", "a.txt", revision=revision)).read_text()
 assert [read(first.oid), read("work"), read("main")] == ["one", "one", "two"]
 
-ModelCard("---\\nlicense: apache-2.0\\n---\\n# tiny").push_to_hub("{REPOSITORY}")
+card = b"---\\nlicense: apache-2.0\\n---\\n# tiny"
+api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="{REPOSITORY}")
 assert ModelCard.load("{REPOSITORY}").data.license == "apache-2.0"
 api.delete_file("a.txt", "{REPOSITORY}")
 assert [path.name for path in Path(snapshot_download("{REPOSITORY}")).iterdir()] == ["README.md"]

@@ -29,9 +29,9 @@ VARIANTS = {
 def random_model(**fields) -> xLSTMForCausalLM:
     torch.manual_seed(0)
     config = xLSTMConfig(
-        vocab_size=67,  # indivisible, as is 3 blocks by two pipeline stages
+        vocab_size=68,
         hidden_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=3,  # the stages of a pipeline differ
         num_heads=4,
         chunk_size=4,
         **fields,

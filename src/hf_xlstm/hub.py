@@ -101,11 +101,10 @@ def _flatten(module: str) -> tuple[str, list[str]]:
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         first, last = node.lineno - 1, node.end_lineno
-        if node not in tree.body:
+        if node not in tree.body:  # inside a function
             indent = " " * node.col_offset
-            lines[first:last] = [f'{indent}raise ImportError("this needs the hf-xlstm package")\n'] + [""] * (
-                last - first - 1
-            )
+            lines[first] = f'{indent}raise ImportError("this needs the hf-xlstm package")\n'
+            lines[first + 1 : last] = [""] * (last - first - 1)
             continue
         target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
         lines[first] = re.sub(r"from \.+[\w.]*", f"from .{_flat_name(target)}", lines[first])

@@ -625,8 +625,8 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # of no use to a recurrent model, and reason to recompile
         return inputs
 

@@ -16,7 +16,7 @@ from .slstm_reference import SLSTMState, slstm_recurrent
 from .slstm_torch import slstm_step_torch, slstm_torch
 
 
-__all__ = ["BACKENDS", "mlstm", "mlstm_step", "resolve_backend", "slstm", "slstm_step"]
+__all__ = ["BACKENDS", "backend_and_reason", "mlstm", "mlstm_step", "slstm", "slstm_step"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -164,29 +164,35 @@ def slstm_step(
     return _implementation("slstm_step", backend, gates, gates)(gates, recurrent_weight, bias, state, inplace=inplace)
 
 
-def resolve_backend(op: str, backend: str, q: torch.Tensor, v: torch.Tensor) -> str:
-    """The implementation that runs: "triton" for CUDA tensors it supports, else "torch"; `HF_XLSTM_BACKEND` overrides
-    "auto". Raises ValueError for an unknown backend and RuntimeError for one that was asked for and cannot run."""
-    if backend == "auto":
-        backend = os.environ.get("HF_XLSTM_BACKEND", "auto")
+def backend_and_reason(op: str, backend: str, q: torch.Tensor, v: torch.Tensor) -> tuple[str, str]:
+    """The implementation that runs, and why: "triton" for CUDA tensors it supports, else "torch", with a warning.
+
+    `HF_XLSTM_BACKEND` overrides "auto". Raises ValueError for an unknown backend and RuntimeError for one that cannot
+    do what it is asked to.
+    """
+    asked = "asked for by `backend`"
+    if backend == "auto" and "HF_XLSTM_BACKEND" in os.environ:
+        backend, asked = os.environ["HF_XLSTM_BACKEND"], "asked for by HF_XLSTM_BACKEND"
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend in ("torch", "reference"):
+        return backend, asked
     if backend == "auto" and q.device.type != "cuda":
-        return "torch"
-    if backend in ("auto", "triton"):
-        reason = _triton_unsupported(op, q, v)
-        if reason is None:
-            return "triton"
-        if backend == "triton":
-            raise RuntimeError(f"The triton backend cannot run {op}: {reason}.")
-        _warn_once(f"{op} runs on the torch backend: {reason}.")
-        return "torch"
-    return backend
+        return "torch", f"the fastest on {q.device.type}"
+    reason = _triton_unsupported(op, q, v)
+    if reason is None:
+        return "triton", "the fastest on cuda"
+    if backend == "triton":
+        raise RuntimeError(f"The triton backend cannot run {op}: {reason}.")
+    _warn_once(f"{op} runs on the torch backend: {reason}.")
+    return "torch", reason
 
 
 def _implementation(op: str, backend: str, q: torch.Tensor, v: torch.Tensor):
-    backend = resolve_backend(op, backend, q, v)
-    return getattr(_triton_module(op), f"{op}_triton") if backend == "triton" else _IMPLEMENTATIONS[op, backend]
+    backend, _ = backend_and_reason(op, backend, q, v)
+    if backend == "triton":
+        return getattr(_triton_module(op), f"{op}_triton")
+    return _IMPLEMENTATIONS[op, backend]
 
 
 def _triton_unsupported(op: str, q: torch.Tensor, v: torch.Tensor) -> str | None:

@@ -260,6 +260,8 @@ def mlstm_chunkwise(
         chunks = (length + chunk_size - 1) // chunk_size
         padding = chunks * chunk_size - length
         order = ChunkOrder.unpacked(chunks, q.device)
+        # a slice instead would make compiled code depend on whether T is a multiple of the chunk
+        slots = torch.arange(length, device=q.device) if torch.compiler.is_compiling() else None
         if torch.compiler.is_compiling() or padding:
             inputs = tuple(
                 F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill) for x, fill in zip(inputs, NO_STEP)
@@ -275,7 +277,7 @@ def mlstm_chunkwise(
     c0, n0, m0 = states or (None, None, log_f.new_zeros(batch, q.shape[2], order.initial.shape[0]))
 
     h, c, n, m = _Chunkwise.apply(*inputs, c0, n0, m0, order, scale, eps, chunk_size)
-    h = (h[:, :length] if cu_seqlens is None else h.index_select(1, slots)).to(out_dtype)
+    h = (h[:, :length] if slots is None else h.index_select(1, slots)).to(out_dtype)
     if mask is not None:
         h = torch.where(mask[..., None, None], h, 0)
     if not output_final_state:

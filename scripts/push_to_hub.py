@@ -1,0 +1,105 @@
+"""Publishes a model trained by train.py: weights, tokenizer, the code to load them, and a model card, in one commit.
+
+python scripts/push_to_hub.py runs/quickstart me/my-xlstm --dry-run
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_xlstm  # noqa: F401  registers the model
+from hf_xlstm.hub import save_self_contained
+from report import markdown_table
+
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+
+
+def model_card(metrics: dict, repo_id: str, license: str, language: str) -> ModelCard:
+    """The card of a model, from what train.py wrote about its training, its data and its evaluation."""
+    name = repo_id.split("/")[-1]
+    bits = metrics["bits_per_byte"]
+    types = metrics["layer_types"]
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="heldout",
+        dataset_name=f"held-out part of: {metrics['corpus']}",
+        metric_type="bits_per_byte",
+        metric_value=round(bits, 4),
+    )
+    data = ModelCardData(
+        model_name=name,
+        license=license,
+        language=language,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["xlstm", *sorted(set(types)), "custom_code"],
+        eval_results=[result],
+    )
+    scores = {name: bits, **metrics["yardsticks"]}
+    run = {
+        "training text": f"{metrics['train_bytes']:,} bytes, {metrics['train_tokens']:,} tokens",
+        "tokens seen": f"{metrics['tokens_seen']:,} in {metrics['steps']:,} steps",
+        "time": f"{metrics['training_seconds']:.0f} s on {metrics['device']}",
+        **{option.replace("_", " "): str(value) for option, value in metrics["arguments"].items()},
+    }
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        license=license,
+        parameters=f"{metrics['parameters']:,}",
+        layers=", ".join(f"{types.count(kind)} {kind} blocks" for kind in dict.fromkeys(types)),
+        pure="slstm" not in types,
+        prompt="Once upon a time",
+        heldout_bytes=f"{metrics['heldout_bytes']:,}",
+        train_bytes=f"{metrics['train_bytes']:,}",
+        results=markdown_table(["", "bits per byte"], [[key, f"{value:.3f}"] for key, value in scores.items()]),
+        training=markdown_table(["", ""], list(run.items())),
+        data=metrics["corpus"],
+    )
+
+
+def prepare(run: Path, card: ModelCard, directory: Path) -> None:
+    """Lays out in `directory` what is to be published: of the run, only what belongs into a repository."""
+    model = AutoModelForCausalLM.from_pretrained(run)
+    save_self_contained(model, directory, AutoTokenizer.from_pretrained(run), card=str(card))
+    shutil.copy(run / "metrics.json", directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output directory of train.py")
+    parser.add_argument("repo_id", metavar="repository", help="user/name, created if it does not exist")
+    parser.add_argument("--revision", metavar="BRANCH", default="main", help="branch, created if it does not exist")
+    parser.add_argument("--license", default="apache-2.0", help="licence of the weights, by its name on the Hub")
+    parser.add_argument("--language", default="en", help="language of the text, as an ISO 639-1 code")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing, show the files and the card")
+    args = parser.parse_args()
+
+    metrics = json.loads((args.run / "metrics.json").read_text(encoding="utf-8"))
+    card = model_card(metrics, args.repo_id, args.license, args.language)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args.run, card, Path(folder))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        rows = [[path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}"] for path in files]
+        print(f"{args.repo_id}, branch {args.revision}:\n\n{markdown_table(['file', 'bytes'], rows)}\n")
+        if args.dry_run:
+            print(card)
+            return
+        api = HfApi()
+        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+        api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+        commit = api.upload_folder(repo_id=args.repo_id, folder_path=folder, revision=args.revision)
+        print(commit.commit_url)
+
+
+if __name__ == "__main__":
+    main()

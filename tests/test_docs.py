@@ -1,0 +1,68 @@
+"""The Python and bash blocks of README.md and docs/ run as printed, page by page and in order.
+
+A block whose first line is a comment with a file name is written to that file; console sessions are not run.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import MIXED, tiny_model
+from train import train_tokenizer
+from transformers import set_seed
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["docs/generation.md", "docs/finetuning.md", "docs/packing.md", "docs/parallelism.md"]
+TEXT = "My fellow Americans, tonight the state of our Union is strong. Mr. Speaker, Mr. Vice President, members:"
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(python|bash)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """A working directory with a small model where `make quickstart` leaves its own."""
+    tokenizer = train_tokenizer([TEXT], vocab_size=300)
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    tiny_model(vocab_size=len(tokenizer), layer_types=MIXED, **tokens).save_pretrained(tmp_path / "runs/quickstart")
+    tokenizer.save_pretrained(tmp_path / "runs/quickstart")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    set_seed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page, quickstart):
+    if page == "docs/finetuning.md":
+        pytest.importorskip("peft", reason="the page shows LoRA")
+    namespace = {}
+    for language, code in blocks(page):
+        name = re.match(r"# (\S+\.py)\n", code)
+        if name:
+            Path(name[1]).write_text(code, encoding="utf-8")
+        elif language == "python":
+            exec(compile(code, page, "exec"), namespace)
+        else:
+            subprocess.run(["bash", "-ec", code], check=True)
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_and_blocks(page):
+    """Blocks are valid Python; links within the repository point to something."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for language, code in blocks(page):
+        if language == "python":
+            compile(code, page, "exec")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for path in re.findall(r"`((?:scripts|tests|benchmarks|docs)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
