@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := src scripts tests
+SOURCES := src scripts tests benchmarks
 
 .PHONY: help quickstart test test-all lint format clean
 .DEFAULT_GOAL := help

@@ -61,12 +61,22 @@ def _worker(rank: int, address: dict[str, str], function, args: tuple) -> None:
     dist.destroy_process_group()
 
 
+def check_generation(model: xLSTMForCausalLM, whole: xLSTMForCausalLM, rows: slice = slice(None)) -> None:
+    """The logits of every step, since a lost state need not change the likeliest token."""
+    options = GENERATION | {"output_logits": True, "return_dict_in_generate": True}
+    expected = whole.generate(IDS, attention_mask=PADDED, **options)
+    actual = model.generate(IDS[rows], attention_mask=PADDED[rows], **options)
+    assert actual.sequences.equal(expected.sequences[rows])
+    for step, logits in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(step, logits[rows], rtol=1e-5, atol=1e-5)
+
+
 def full(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def check_equal(model: xLSTMForCausalLM, directory: Path, rank: int, rows: slice) -> None:
-    """Logits, loss, every gradient and generated tokens of the sharded model, given `rows` of the batch, against those
+    """Logits, loss, every gradient and generation of the sharded model, given `rows` of the batch, against those
     of the whole model; then saves it."""
     whole = xLSTMForCausalLM.from_pretrained(directory)
     for attention_mask in (None, PADDED):
@@ -79,11 +89,11 @@ def check_equal(model: xLSTMForCausalLM, directory: Path, rank: int, rows: slice
     whole(IDS, labels=IDS).loss.backward()
     model(IDS[rows], labels=IDS[rows]).loss.backward()
     for (name, parameter), sharded in zip(whole.named_parameters(), model.parameters(), strict=True):
-        error = (full(sharded.grad) - parameter.grad).abs().max() / parameter.grad.abs().max()
-        assert error < 1e-4, f"gradient of {name}: off by {error:.1e} of its maximum"
+        error, size = (full(sharded.grad) - parameter.grad).abs().max(), parameter.grad.abs().max()
+        # input gate biases have gradients of 1e-5, in which the order of summation shows: hence the floor
+        assert error < 1e-4 * size + 1e-8, f"gradient of {name}: off by {error:.1e}, at most {size:.1e}"
     model.eval()
-    tokens = model.generate(IDS[rows], attention_mask=PADDED[rows], **GENERATION)
-    assert tokens.equal(whole.generate(IDS, attention_mask=PADDED, **GENERATION)[rows])
+    check_generation(model, whole, rows)
     model.save_pretrained(directory / "saved")
 
 
@@ -107,8 +117,7 @@ def check_pipeline(rank: int, directory: Path) -> None:
     with torch.no_grad():
         for mask in (None, PADDED):
             torch.testing.assert_close(model(IDS, attention_mask=mask).logits, whole(IDS, attention_mask=mask).logits)
-    tokens = model.generate(IDS, attention_mask=PADDED, **GENERATION)
-    assert tokens.equal(whole.generate(IDS, attention_mask=PADDED, **GENERATION))
+    check_generation(model, whole)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -164,5 +173,4 @@ def test_offload(tmp_path):
     )
     assert "disk" in model.hf_device_map.values()
     torch.testing.assert_close(model(IDS).logits, whole(IDS).logits)
-    tokens = model.generate(IDS, attention_mask=PADDED, **GENERATION)
-    assert tokens.equal(whole.generate(IDS, attention_mask=PADDED, **GENERATION))
+    check_generation(model, whole)

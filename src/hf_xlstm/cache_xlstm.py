@@ -135,8 +135,9 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda x: x[indices.to(x.device)])
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str) -> "xLSTMCacheLayer":
         self._map(lambda x: x.to(device))
+        return self  # as accelerate expects, which sends the arguments of a layer to its device
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name: `c`, `n`, `m`, for the sLSTM `h`, and `conv`."""

@@ -1,17 +1,17 @@
 """Triton kernels of the sLSTM: a whole sequence in one launch, forward and backward.
 
-The equations are those of slstm_torch.py: the stabilizer is m_t = log(exp(log f_t + m_{t-1}) + exp(i_t)), so n = 1, and
+The equations are those of slstm_torch.py, with the stabilizer m_t = log(exp(log f_t + m_{t-1}) + exp(i_t)) and n = 1:
 
     u_t = i_t - (log f_t + m_{t-1})                i' = sigmoid(u_t), f' = sigmoid(-u_t)
     c_t = f' c_{t-1} + i' tanh(z_t)                h_t = sigmoid(o_t) c_t
 
 Every step needs all of h_{t-1}, so time is a loop inside the kernel, and what counts is how long one round takes. A
 program owns BB sequences, one head and BD of its D units: their slice of R, (4, D, BD), is loaded once and stays on
-chip, and so do their c and m. Where BD = D, h stays too. A larger head is shared by ND = D / BD programs which run side
-by side and exchange h, or in the backward pass the gates' gradients, through memory once per step: two buffers, taken
-in turn, and a counter that each program raises when it has written. One barrier per step is enough, since a buffer is
-written again only after everybody has passed the barrier behind its last reading. All programs of a head must be
-running at the same time; the launcher sees to that.
+chip (in registers as far as they go: what can be loaded again, like the bias, is), and so do their c and m. Where BD =
+D, so does h. A larger head is shared by a group of ND = D / BD programs, which exchange h, or in the backward pass the
+gradients of the gates, through memory: two buffers, taken in turn, and a counter that each program raises when it has
+written. One barrier per step is enough, since a buffer is written again only behind the barrier that follows its last
+reading. All programs of a group must be running at the same time; the launcher sees to that.
 
 The forward pass keeps u, sigmoid(-f), tanh(z), sigmoid(o) and c for the backward pass.
 
@@ -28,6 +28,8 @@ from .mlstm_triton_kernels import log_sigmoid
 
 # An input gate of -inf counts as this: -inf - -inf must not arise.
 LOWEST = tl.constexpr(-3e38)
+# Loads that bypass the first-level cache, which does not see what other programs write.
+SHARED = tl.constexpr(".cg")
 PER_CALL = ["T", "N", "first_group", "first_step", "last_step"]
 
 
@@ -75,22 +77,39 @@ def is_live(p_mask, t, row, start, length, stride_b, stride_t):
 
 
 @triton.jit
-def load_weight(p_weight, gate: tl.constexpr, h, o_rows, o_columns, stride_row, stride_column, H: tl.constexpr, D: tl.constexpr):
-    """[rows, columns] of one gate's R, 0 outside."""
-    mask = (o_rows < D)[:, None] & (o_columns < D)[None, :]
-    offsets = o_rows[:, None] * stride_row + o_columns[None, :] * stride_column
-    return tl.load(p_weight + (gate * H + h) * (D * D) + offsets, mask=mask, other=0.0)
+def load_four(p, offsets, stride, mask, cache: tl.constexpr = ""):
+    """The same places of each of the four gates."""
+    return (
+        tl.load(p + offsets, mask=mask, other=0.0, cache_modifier=cache),
+        tl.load(p + offsets + stride, mask=mask, other=0.0, cache_modifier=cache),
+        tl.load(p + offsets + 2 * stride, mask=mask, other=0.0, cache_modifier=cache),
+        tl.load(p + offsets + 3 * stride, mask=mask, other=0.0, cache_modifier=cache),
+    )
 
 
 @triton.jit
-def load_four(p, offsets, stride, mask):
-    """The same place of each of the four gates."""
-    return (
-        tl.load(p + offsets, mask=mask, other=0.0),
-        tl.load(p + offsets + stride, mask=mask, other=0.0),
-        tl.load(p + offsets + 2 * stride, mask=mask, other=0.0),
-        tl.load(p + offsets + 3 * stride, mask=mask, other=0.0),
-    )
+def places(o_row, t, stride, o_d):
+    """Of step t [BB, BD]."""
+    return (o_row + t * stride)[:, None] + o_d[None, :]
+
+
+@triton.jit
+def load_weights(
+    p_weight,
+    h,
+    o_row,
+    o_column,
+    stride_row,
+    stride_column,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """[rows, columns] of each gate's R, 0 outside."""
+    mask = (o_row < D)[:, None] & (o_column < D)[None, :]
+    offsets = h * (D * D) + o_row[:, None] * stride_row + o_column[None, :] * stride_column
+    w_i, w_f, w_z, w_o = load_four(p_weight, offsets, H * D * D, mask)
+    return w_i.to(DOT), w_f.to(DOT), w_z.to(DOT), w_o.to(DOT)
 
 
 @triton.jit
@@ -103,7 +122,7 @@ def store_four(p, offsets, stride, b_0, b_1, b_2, b_3, mask):
 
 @triton.jit
 def wait_for_all(p_counter, target):
-    """Until all programs of the group have come here, so that what they wrote before can be read."""
+    """Until all programs of the group have come here: what they wrote before can be read afterwards."""
     tl.debug_barrier()
     tl.atomic_add(p_counter, 1, sem="release")
     while tl.atomic_add(p_counter, 0, sem="acquire") < target:
@@ -129,7 +148,7 @@ def forward_kernel(
     p_h,  # (B, T, H, D)
     p_saved,  # (B, T, 4, H, D)
     p_c,  # (B, T, H, D)
-    p_exchange,  # (2, N, H, D), h_{-1} in the first half
+    p_exchange,  # (2, N, H, D): h_{t-1} in half t % 2
     p_counter,  # (groups,)
     T,
     N,
@@ -154,11 +173,7 @@ def forward_kernel(
     group, h, o_n, o_d, exists, row, start, length = work(first_group, N, T, p_bounds, H, D, BB, BD)
     inside = exists[:, None] & (o_d < D)[None, :]
     o_k = tl.arange(0, P)
-    w_i = load_weight(p_weight, 0, h, o_k, o_d, 1, D, H, D).to(DOT)
-    w_f = load_weight(p_weight, 1, h, o_k, o_d, 1, D, H, D).to(DOT)
-    w_z = load_weight(p_weight, 2, h, o_k, o_d, 1, D, H, D).to(DOT)
-    w_o = load_weight(p_weight, 3, h, o_k, o_d, 1, D, H, D).to(DOT)
-    bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
+    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, 1, D, H, D, DOT)
 
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_h = tl.load(p_h_initial + o_state, mask=inside, other=0.0)
@@ -169,9 +184,9 @@ def forward_kernel(
     b_m = tl.where(empty, float("-inf"), tl.load(p_m_initial + o_state, mask=inside, other=0.0) + tl.log(b_n))
 
     p_gates += h * stride_gh
-    o_gates = (row * stride_gb + start * stride_gt)[:, None] + o_d[None, :]
-    o_token = ((row * T + start)[:, None] * H + h) * D + o_d[None, :]
-    o_saved = ((row * T + start)[:, None] * 4 * H + h) * D + o_d[None, :]
+    o_gates = row * stride_gb + start * stride_gt
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
     o_exchange = (o_n[:, None] * H + h) * D + o_k[None, :]
     in_exchange = exists[:, None] & (o_k < D)[None, :]
     half = tl.cast(N, tl.int64) * H * D
@@ -180,20 +195,20 @@ def forward_kernel(
     last_step = tl.minimum(last_step, tl.max(length, 0))
     # The gates of the next step are on their way while this one is computed.
     live = is_live(p_mask, first_step, row, start, length, stride_mb, stride_mt)
-    o_next = o_gates + first_step * tl.cast(stride_gt, tl.int64)
+    o_next = places(o_gates, first_step, stride_gt, o_d)
     x_i, x_f, x_z, x_o = load_four(p_gates, o_next, stride_gg, live[:, None] & inside)
     for t in range(first_step, last_step):
         next_live = is_live(p_mask, t + 1, row, start, length, stride_mb, stride_mt)
         next_live &= t + 1 < last_step
-        o_next += stride_gt
+        o_next = places(o_gates, t + 1, stride_gt, o_d)
         next_i, next_f, next_z, next_o = load_four(p_gates, o_next, stride_gg, next_live[:, None] & inside)
 
+        bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
         if ND == 1:
             b_h_before = b_h.to(DOT)
         else:
-            # past the first-level cache, which does not see what other programs write
-            p_read = p_exchange + (t - first_step) % 2 * half
-            b_h_before = tl.load(p_read + o_exchange, mask=in_exchange, other=0.0, cache_modifier=".cg").to(DOT)
+            p_read = p_exchange + t % 2 * half + o_exchange
+            b_h_before = tl.load(p_read, mask=in_exchange, other=0.0, cache_modifier=SHARED).to(DOT)
         b_i = tl.dot(b_h_before, w_i, acc=x_i.to(tl.float32) + bias_i[None, :], input_precision=PRECISION)
         b_f = tl.dot(b_h_before, w_f, acc=x_f.to(tl.float32) + bias_f[None, :], input_precision=PRECISION)
         b_z = tl.dot(b_h_before, w_z, acc=x_z.to(tl.float32) + bias_z[None, :], input_precision=PRECISION)
@@ -211,13 +226,14 @@ def forward_kernel(
         touched |= live
 
         here = (t < length)[:, None] & inside
-        tl.store(p_h + o_token + t * H * D, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
+        o_here = places(o_token, t, H * D, o_d)
+        tl.store(p_h + o_here, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
         if p_saved is not None:
-            store_four(p_saved, o_saved + t * 4 * H * D, H * D, b_u, sigmoid(-b_f), b_z, b_o, here)
-            tl.store(p_c + o_token + t * H * D, b_c, mask=here)
+            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, sigmoid(-b_f), b_z, b_o, here)
+            tl.store(p_c + o_here, b_c, mask=here)
         if ND > 1:
-            p_write = p_exchange + (t + 1 - first_step) % 2 * half
-            tl.store(p_write + o_state, b_h.to(p_exchange.dtype.element_ty), mask=inside, cache_modifier=".cg")
+            p_write = p_exchange + (t + 1) % 2 * half
+            tl.store(p_write + o_state, b_h.to(p_exchange.dtype.element_ty), mask=inside)
             if t + 1 < last_step:
                 wait_for_all(p_counter + group, (t + 1 - first_step) * ND)
         live = next_live
@@ -248,10 +264,10 @@ def backward_kernel(
     p_dc_final,
     p_dn_final,
     p_dgates,  # (B, T, 4, H, D)
-    p_dh_initial,
+    p_dh_initial,  # but for what comes from dx_0
     p_dc_initial,  # that of n = 1, like dn
     p_dn_initial,
-    p_exchange,  # (2, N, 4, H, D)
+    p_exchange,  # (2, N, 4, H, D): dx_t in half t % 2; 0 behind the end, dx_0 when all is done
     p_counter,  # (groups,)
     T,
     N,
@@ -270,88 +286,86 @@ def backward_kernel(
 ):
     """With m held constant (it cancels) and dh, dc, dn complete at step t:
 
-        dc += dh o,                  dn -= dh h,                           do~ = dh h (1 - o)
-        di~ = i' (z dc + dn),        df~ = f' (c_{t-1} dc + dn) (1 - f),   dz~ = i' (1 - z^2) dc
-        dh_{t-1} += R^T dx,          dc_{t-1} = f' dc,                     dn_{t-1} = f' dn
+    dc += dh o,                  dn -= dh h,                           do~ = dh h (1 - o)
+    di~ = i' (z dc + dn),        df~ = f' (c_{t-1} dc + dn) (1 - f),   dz~ = i' (1 - z^2) dc
+    dh_{t-1} += R^T dx,          dc_{t-1} = f' dc,                     dn_{t-1} = f' dn
     """
     ND: tl.constexpr = (D + BD - 1) // BD
     group, h, o_n, o_d, exists, row, start, length = work(first_group, N, T, p_bounds, H, D, BB, BD)
     inside = exists[:, None] & (o_d < D)[None, :]
     o_k = tl.arange(0, P)
-    w_i = load_weight(p_weight, 0, h, o_k, o_d, D, 1, H, D).to(DOT)
-    w_f = load_weight(p_weight, 1, h, o_k, o_d, D, 1, H, D).to(DOT)
-    w_z = load_weight(p_weight, 2, h, o_k, o_d, D, 1, H, D).to(DOT)
-    w_o = load_weight(p_weight, 3, h, o_k, o_d, D, 1, H, D).to(DOT)
+    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, D, 1, H, D, DOT)
 
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_dh = tl.load(p_dh_final + o_state, mask=inside, other=0.0)
     b_dc = tl.load(p_dc_final + o_state, mask=inside, other=0.0)
     b_dn = tl.load(p_dn_final + o_state, mask=inside, other=0.0)
 
-    o_token = ((row * T + start)[:, None] * H + h) * D + o_d[None, :]
-    o_saved = ((row * T + start)[:, None] * 4 * H + h) * D + o_d[None, :]
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
     o_exchange = (o_n[:, None] * 4 * H + h) * D + o_k[None, :]
     o_own = (o_n[:, None] * 4 * H + h) * D + o_d[None, :]
     in_exchange = exists[:, None] & (o_k < D)[None, :]
     half = tl.cast(N, tl.int64) * 4 * H * D
 
     last_step = tl.minimum(last_step, tl.max(length, 0))
-    steps = last_step - first_step
     live = is_live(p_mask, last_step - 1, row, start, length, stride_mb, stride_mt)
     here = live[:, None] & inside
-    o_last = tl.cast(last_step - 1, tl.int64)
-    u, f_shut, z, o = load_four(p_saved, o_saved + o_last * 4 * H * D, H * D, here)
-    b_c = tl.load(p_c + o_token + o_last * H * D, mask=here, other=0.0)
-    b_out = tl.load(p_dh + o_token + o_last * H * D, mask=here, other=0.0)
-    for step in range(0, steps):
+    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, last_step - 1, 4 * H * D, o_d), H * D, here)
+    o_here = places(o_token, last_step - 1, H * D, o_d)
+    b_c = tl.load(p_c + o_here, mask=here, other=0.0)
+    b_out = tl.load(p_dh + o_here, mask=here, other=0.0)
+    d_i, d_f, d_z, d_o = load_four(p_exchange + last_step % 2 * half, o_exchange, H * D, in_exchange)
+    d_i, d_f, d_z, d_o = d_i.to(DOT), d_f.to(DOT), d_z.to(DOT), d_o.to(DOT)
+    for step in range(0, last_step - first_step):
         t = last_step - 1 - step
         # What the step before needs is on its way while this one is computed.
         next_live = is_live(p_mask, t - 1, row, start, length, stride_mb, stride_mt)
-        o_before = tl.cast(t - 1, tl.int64)
-        reached = (t < length + 1)[:, None] & inside
-        b_c_before = tl.load(p_c + o_token + o_before * H * D, mask=reached & (t > 0), other=0.0)
-        b_c_before += tl.load(p_c_initial + o_state, mask=inside & (t == 0), other=0.0)
         next_here = next_live[:, None] & inside
-        next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved + o_before * 4 * H * D, H * D, next_here)
-        next_out = tl.load(p_dh + o_token + o_before * H * D, mask=next_here, other=0.0)
+        reached = (t <= length)[:, None] & inside
+        o_before = places(o_token, t - 1, H * D, o_d)
+        o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
+        b_c_before = tl.load(p_c + o_before, mask=reached & (t > 0), other=0.0)
+        b_c_before += tl.load(p_c_initial + o_state, mask=inside & (t == 0), other=0.0)
+        next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, next_here)
+        next_out = tl.load(p_dh + o_before, mask=next_here, other=0.0)
 
-        b_dh_all = b_dh + b_out.to(tl.float32)
-        b_h = o * b_c
-        b_dc_all = b_dc + b_dh_all * o
-        b_dn_all = b_dn - b_dh_all * b_h
-        i = sigmoid(u)
-        f = sigmoid(-u)
+        b_dh = tl.dot(d_i, w_i, acc=b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(d_f, w_f, acc=b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(d_z, w_z, acc=b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(d_o, w_o, acc=b_dh, input_precision=PRECISION)
+
         alive = live[:, None] & inside
-        b_di = tl.where(alive, i * (z * b_dc_all + b_dn_all), 0.0)
-        b_df = tl.where(alive, f * f_shut * (b_c_before * b_dc_all + b_dn_all), 0.0)
-        b_dz = tl.where(alive, i * (1.0 - z * z) * b_dc_all, 0.0)
-        b_do = tl.where(alive, b_dh_all * b_h * (1.0 - o), 0.0)
-        b_dc = tl.where(alive, f * b_dc_all, b_dc)
-        b_dn = tl.where(alive, f * b_dn_all, b_dn)
-        o_gates = o_saved + tl.cast(t, tl.int64) * 4 * H * D
-        store_four(p_dgates, o_gates, H * D, b_di, b_df, b_dz, b_do, (t < length)[:, None] & inside)
+        dh = b_dh + b_out.to(tl.float32)
+        dc = b_dc + dh * b_o
+        dn = b_dn - dh * b_o * b_c
+        b_i = sigmoid(b_u)
+        b_f = sigmoid(-b_u)
+        b_di = tl.where(alive, b_i * (b_z * dc + dn), 0.0)
+        b_df = tl.where(alive, b_f * b_shut * (b_c_before * dc + dn), 0.0)
+        b_dz = tl.where(alive, b_i * (1.0 - b_z * b_z) * dc, 0.0)
+        b_do = tl.where(alive, dh * b_c * b_o * (1.0 - b_o), 0.0)
+        b_dh = tl.where(alive, 0.0, b_dh)
+        b_dc = tl.where(alive, b_f * dc, b_dc)
+        b_dn = tl.where(alive, b_f * dn, b_dn)
+        here = (t < length)[:, None] & inside
+        store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, here)
 
         if ND == 1:
             d_i, d_f, d_z, d_o = b_di.to(DOT), b_df.to(DOT), b_dz.to(DOT), b_do.to(DOT)
         else:
-            p_turn = p_exchange + step % 2 * half
+            p_turn = p_exchange + t % 2 * half
             store_four(p_turn, o_own, H * D, b_di, b_df, b_dz, b_do, inside)
-            wait_for_all(p_counter + group, (step + 1) * ND)
-            d_i = tl.load(p_turn + o_exchange, mask=in_exchange, other=0.0, cache_modifier=".cg").to(DOT)
-            d_f = tl.load(p_turn + o_exchange + H * D, mask=in_exchange, other=0.0, cache_modifier=".cg").to(DOT)
-            d_z = tl.load(p_turn + o_exchange + 2 * H * D, mask=in_exchange, other=0.0, cache_modifier=".cg").to(DOT)
-            d_o = tl.load(p_turn + o_exchange + 3 * H * D, mask=in_exchange, other=0.0, cache_modifier=".cg").to(DOT)
-        b_recurrent = tl.dot(d_i, w_i, input_precision=PRECISION)
-        b_recurrent = tl.dot(d_f, w_f, acc=b_recurrent, input_precision=PRECISION)
-        b_recurrent = tl.dot(d_z, w_z, acc=b_recurrent, input_precision=PRECISION)
-        b_recurrent = tl.dot(d_o, w_o, acc=b_recurrent, input_precision=PRECISION)
-        b_dh = tl.where(alive, b_recurrent, b_dh)
-
+            if t > first_step:
+                wait_for_all(p_counter + group, (step + 1) * ND)
+                d_i, d_f, d_z, d_o = load_four(p_turn, o_exchange, H * D, in_exchange, SHARED)
+                d_i, d_f, d_z, d_o = d_i.to(DOT), d_f.to(DOT), d_z.to(DOT), d_o.to(DOT)
         live = next_live
-        u, f_shut, z, o = next_u, next_shut, next_z, next_o
-        b_c = b_c_before
-        b_out = next_out
+        b_u, b_shut, b_z, b_o = next_u, next_shut, next_z, next_o
+        b_c, b_out = b_c_before, next_out
 
+    if ND == 1:
+        store_four(p_exchange, o_own, H * D, d_i, d_f, d_z, d_o, inside)
     tl.store(p_dh_initial + o_state, b_dh, mask=inside)
     tl.store(p_dc_initial + o_state, b_dc, mask=inside)
     tl.store(p_dn_initial + o_state, b_dn, mask=inside)

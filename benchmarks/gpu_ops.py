@@ -1,0 +1,188 @@
+"""The mLSTM op on one GPU: correctness, then time and memory beside other kernels.
+
+    python benchmarks/gpu_ops.py --json results/gpu_ops.json
+
+Sequences of S tokens, 65,536 in all, bf16; forward and forward+backward; then decode steps inside a CUDA graph.
+Every configuration of ours is checked against float64 before it is timed; a wrong one ends the run. Baselines run
+where they are installed: mlstm-kernels (TFLA), flash-linear-attention (simple GLA), and the attention of torch.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from gpu_common import milliseconds, milliseconds_cold_allocator, peak_gigabytes, print_row, write_results
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_xlstm.ops import mlstm, mlstm_step
+
+
+TOKENS = 65_536
+LENGTHS = [512, 2048, 8192, 65_536]
+SHAPES = [(8, 256, 512), (16, 128, 256)]  # heads, K, V
+ATTENTION_SHAPE = (32, 128)  # heads, head dim: the attention of a 7B Transformer
+STEP_BATCHES = [1, 8, 64, 1024]
+L2_BYTES = 50e6
+BOUNDS = {"h": 1e-2, "q": 3e-2, "k": 3e-2, "v": 1.5e-2, "igate": 3e-2, "fgate": 5e-2}
+
+Inputs = dict[str, torch.Tensor]
+
+
+def make_inputs(S: int, H: int, K: int, V: int) -> Inputs:
+    """Gates as in a trained model: the forget gates mostly open, memories from a few to some thousand tokens long."""
+    B = TOKENS // S
+    inputs = {name: torch.randn(B, S, H, dim, dtype=torch.bfloat16) for name, dim in (("q", K), ("k", K), ("v", V))}
+    inputs["igate"] = torch.randn(B, S, H)
+    inputs["fgate"] = torch.randn(B, S, H) + torch.linspace(3, 6, H)
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def check(inputs: Inputs, dh: torch.Tensor) -> dict[str, float]:
+    """Errors of h and of all gradients against float64, in the first and the last sequence, one head of each."""
+    h = mlstm(**inputs, backend="triton")[0]
+    gradients = dict(zip(inputs, torch.autograd.grad(h, list(inputs.values()), dh), strict=True))
+    errors = dict.fromkeys(BOUNDS, 0.0)
+    for row, head in ((0, 0), (-1, -1)):
+        part = {name: x.detach()[row, :, head, None][None].double().requires_grad_() for name, x in inputs.items()}
+        expected_h = mlstm(**part, backend="torch")[0]
+        expected = torch.autograd.grad(expected_h, list(part.values()), dh[row, :, head, None][None].double())
+        pairs = {"h": (h, expected_h)} | {n: (gradients[n], e) for n, e in zip(part, expected, strict=True)}
+        for name, (ours, theirs) in pairs.items():
+            ours = ours.detach()[row, :, head, None][None]
+            errors[name] = max(errors[name], relative_error(ours, theirs.detach()))
+    for name, bound in BOUNDS.items():
+        if not errors[name] <= bound:
+            sys.exit(f"wrong result, nothing timed: {name} is off by {errors[name]:.1e}, allowed {bound}")
+    return errors
+
+
+# --- the contestants: each gives a forward pass and its leaves
+
+
+def ours(inputs: Inputs):
+    return lambda: mlstm(**inputs, backend="triton")[0], list(inputs.values())
+
+
+def tfla(inputs: Inputs):
+    from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
+
+    config = mLSTMBackendConfig(chunkwise_kernel="chunkwise--triton_xl_chunk", chunk_size=128)
+    backend = mLSTMBackend(config)
+    leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs.values()]
+    return lambda: backend(**dict(zip("qkvif", leaves, strict=True))), leaves
+
+
+def simple_gla(inputs: Inputs):
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    leaves = [x.detach().requires_grad_() for x in (*(inputs[n] for n in "qkv"), F.logsigmoid(inputs["fgate"]))]
+    return lambda: chunk_simple_gla(*leaves[:3], g=leaves[3])[0], leaves
+
+
+def attention(backend: SDPBackend, inputs: Inputs):
+    B, S = inputs["q"].shape[:2]
+    H, D = ATTENTION_SHAPE
+    leaves = [torch.randn(B, H, S, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def forward():
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*leaves, is_causal=True)
+
+    return forward, leaves
+
+
+def sequence_rows() -> Iterator[dict]:
+    for i, (H, K, V) in enumerate(SHAPES):
+        contestants: dict[str, Callable] = {"ours": ours, "tfla": tfla, "simple_gla": simple_gla}
+        if i == 0:  # does not depend on the shape
+            contestants["flash_attention_2"] = functools.partial(attention, SDPBackend.FLASH_ATTENTION)
+            contestants["cudnn_attention"] = functools.partial(attention, SDPBackend.CUDNN_ATTENTION)
+        for S in LENGTHS:
+            inputs = make_inputs(S, H, K, V)
+            dh = torch.randn_like(inputs["v"])
+            yield {"op": "sequence", "kernel": "ours", "H": H, "K": K, "V": V, "S": S, "errors": check(inputs, dh)}
+            for name, make in contestants.items():
+                row = {"op": "sequence", "kernel": name, "H": H, "K": K, "V": V, "S": S}
+                try:
+                    yield row | time_sequence(*make(inputs))
+                except Exception as error:  # a baseline that is missing or fails is a row too
+                    if name == "ours":
+                        raise
+                    yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
+
+
+def time_sequence(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> dict[str, float]:
+    gradient = torch.randn_like(forward())
+
+    def without_gradient():
+        with torch.no_grad():
+            return forward()
+
+    def training():
+        forward().backward(gradient)
+
+    return {
+        "forward_ms": milliseconds(without_gradient),
+        "training_ms": milliseconds(training, leaves),
+        "forward_cold_ms": milliseconds_cold_allocator(without_gradient),
+        "training_cold_ms": milliseconds_cold_allocator(training),
+        "training_gb": peak_gigabytes(training),
+    }
+
+
+def step_rows() -> Iterator[dict]:
+    for B in STEP_BATCHES:
+        yield {"op": "step", "kernel": "ours", "batch": B} | time_step(B, *SHAPES[0])
+
+
+def time_step(B: int, H: int, K: int, V: int) -> dict:
+    """One decode step of one layer, in place, as in a model: other layers' states push this one's out of the cache."""
+    state_bytes = 4 * B * H * K * V
+    layers = max(1, round(5 * L2_BYTES / state_bytes))
+    states = [tuple(map(torch.randn, ((B, H, K, V), (B, H, K), (B, H)))) for _ in range(layers)]
+    q, k, v = (torch.randn(B, H, dim, dtype=torch.bfloat16) for dim in (K, K, V))
+    inputs = (q, k, v, torch.randn(B, H), torch.randn(B, H) + 4)
+
+    def double(tensors):
+        return tuple(x.double() for x in tensors)
+
+    expected_h, (expected_c, _, expected_m) = mlstm_step(*double(inputs), double(states[0]), backend="reference")
+    h, (c, _, m) = mlstm_step(*inputs, states[0], inplace=True, backend="triton")
+    shift = torch.exp(m - expected_m)[..., None, None]
+    errors = {"h": relative_error(h, expected_h), "c": relative_error(c * shift, expected_c)}
+    if not (errors["h"] <= BOUNDS["h"] and errors["c"] <= 1e-5):
+        sys.exit(f"wrong result, nothing timed: {errors}")
+
+    def steps():
+        for state in states:
+            mlstm_step(*inputs, state, inplace=True, backend="triton")
+
+    us = triton.testing.do_bench_cudagraph(steps, rep=100, return_mode="median") / layers * 1e3
+    return {"H": H, "K": K, "V": V, "us": us, "tb_per_s": 2 * state_bytes / us / 1e6, "errors": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    torch.set_default_device("cuda")
+    torch.manual_seed(0)
+    rows = []
+    for make_rows in (sequence_rows, step_rows):
+        for row in make_rows():
+            print_row(row)
+            rows.append(row)
+            write_results(args.json, rows)  # row by row: what was measured survives an interruption
+
+
+if __name__ == "__main__":
+    main()

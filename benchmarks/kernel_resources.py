@@ -1,0 +1,193 @@
+"""Compile every mLSTM kernel as it is launched, for GPUs that are not there, and check what it needs.
+
+    python benchmarks/kernel_resources.py [--quick] [--json FILE]
+
+The launches are recorded: the launchers run on tensors without memory (device "meta"), so what is compiled is what a
+call would run. Fails (exit code 1) when a kernel spills registers, exceeds the shared memory of its GPU, does without
+Hopper's matrix instructions or asynchronous copies where it multiplies bfloat16, or depends on the sequence length.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from hf_xlstm.ops import mlstm_triton_launch as launch
+
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+POINTERS = {torch.int32: "*i32", torch.bool: "*i1"} | {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+HEADS = 8
+# (dtype, K, V)
+QUICK = [("bf16", 256, 512)]
+ALL = [("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200)]] + [
+    (dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]
+]
+LENGTHS = [17, 64, 100, 1000, 4097]
+
+
+class Architecture(NamedTuple):
+    target: GPUTarget
+    shared_memory: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+class Launch(NamedTuple):
+    """One compilation: what Triton takes into account of a launch."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, kernel: JITFunction, arguments: dict[str, object], num_warps: int, num_stages: int = 3) -> "Launch":
+        """Triton's rules: 1 and None become constants, pointers and integers are multiples of 16 or not."""
+        signature, constants, aligned = {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, arguments[parameter.name]
+            specialized = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+                aligned.append(name)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+                if specialized and value % 16 == 0:
+                    aligned.append(name)
+        return cls(kernel, *map(tuple, (signature.items(), constants.items(), aligned)), num_warps, num_stages)
+
+
+def record_launches(dtype: torch.dtype, K: int, V: int, T: int, hopper: bool, full: bool) -> dict[Launch, None]:
+    """What a step, a forward and a backward pass launch; `full`: with mask, initial and final state, else without."""
+    launches = {}
+
+    def record(kernel, *args, grid, warmup, num_warps, num_stages=3, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launches[Launch.of(kernel, arguments, num_warps, num_stages)] = None
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, H = 2, HEADS
+    q, k, v = (empty(B, T, H, dim, dtype=dtype) for dim in (K, K, V))
+    igate, fgate, s = empty(B, T, H), empty(B, T, H), empty(B, H, T)
+    state = (empty(B, H, K, V), empty(B, H, K), empty(B, H)) if full else (None, None, None)
+    mask = empty(B, T, dtype=torch.bool) if full else None
+    plan = launch.plan(q, v, hopper)
+    inputs = (q, k, v, igate, fgate, mask)
+    with mock.patch.object(JITFunction, "run", record):
+        launch.recurrent(*inputs, state, state, 0.1, 1e-6)
+        launch.forward(*inputs, None, state, state, 0.1, 1e-6, plan)
+        launch.backward(v, state[:2], *inputs, None, state, state[:2], v, s, 0.1, 1e-6, plan)
+    return launches
+
+
+def compile_launch(item: Launch, architecture: Architecture) -> dict[str, int]:
+    """Registers, bytes of spill and shared memory, and how often the instructions in question occur."""
+    position = {name: i for i, name in enumerate(item.kernel.arg_names)}
+    source = ASTSource(
+        fn=item.kernel,
+        signature=dict(item.signature),
+        constexprs={(position[name],): value for name, value in item.constants},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in item.aligned},
+    )
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    compiled = triton.compile(source, target=architecture.target, options=options)
+    report = {"shared": compiled.metadata.shared}
+    if architecture.target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        report["spill"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+        return report
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    report["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    report["spill"] = int(re.search(r"STACK:(\d+)", usage)[1])
+    for name, opcode in (("wgmma", "HGMMA"), ("async_copies", "LDGSTS|UTMALDG")):
+        report[name] = len(re.findall(rf"\b(?:{opcode})\b", assembly))
+    return report
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([NVIDIA_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def violations(item: Launch, architecture: str, report: dict[str, int]) -> list[str]:
+    found = []
+    if report["spill"]:
+        found.append(f"spills {report['spill']} bytes")
+    if report["shared"] > ARCHITECTURES[architecture].shared_memory:
+        found.append(f"takes {report['shared']} bytes of shared memory")
+    constants = dict(item.constants)
+    if architecture == "sm_90" and str(constants.get("DOT")) == "bf16":
+        looping = constants["K"] > constants["BK"]  # a single block leaves nothing to prefetch
+        required = ("wgmma", "async_copies") if looping else ("wgmma",)
+        found += [f"has no {name}" for name in required if not report[name]]
+    return found
+
+
+def depends_on_length(dtype: torch.dtype, K: int, V: int) -> list[str]:
+    """Kernels that another sequence length would compile again."""
+    first, *others = (record_launches(dtype, K, V, T, hopper=True, full=True).keys() for T in LENGTHS)
+    return sorted({item.kernel.__name__ for other in others for item in first ^ other})
+
+
+def check(configurations: list[tuple[str, int, int]], architectures: list[str]) -> tuple[list[dict], int]:
+    rows, failures = [], 0
+    for dtype, K, V in configurations:
+        for kernel in depends_on_length(DTYPES[dtype], K, V):
+            print(f"FAIL {kernel} {dtype} {K}/{V}: compiled again for another sequence length")
+            failures += 1
+        for architecture in architectures:
+            for item in record_launches(DTYPES[dtype], K, V, 1000, architecture == "sm_90", full=True):
+                report = compile_launch(item, ARCHITECTURES[architecture])
+                found = violations(item, architecture, report)
+                failures += len(found)
+                row = {"kernel": item.kernel.__name__, "architecture": architecture, "dtype": dtype, "K": K, "V": V}
+                rows.append(row | report)
+                print("FAIL" if found else "ok  ", *(f"{k}={v}" for k, v in rows[-1].items()), *found, flush=True)
+    return rows, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only head dims 256/512, bfloat16, on Hopper")
+    parser.add_argument("--json", type=Path, help="write the table here")
+    args = parser.parse_args()
+    rows, failures = check(QUICK, ["sm_90"]) if args.quick else check(ALL, [*ARCHITECTURES])
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    print(f"{len(rows)} compilations, {failures} limits crossed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Generates text with a trained xLSTM, and measures that its speed and memory do not depend on the context length."""
+
+import argparse
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+
+import hf_xlstm  # noqa: F401  (registers xLSTM with the Auto classes)
+from report import markdown_table
+
+
+PREFILL_WINDOW = 512  # tokens per forward pass while reading a context, which bounds the memory of prefill
+
+
+class Recorder(TextStreamer):
+    """Prints the text as it comes and keeps it."""
+
+    text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(text, stream_end)
+        self.text += text
+
+
+@torch.inference_mode()
+def decoding_cost(model: PreTrainedModel, context: torch.Tensor, new_tokens: int = 100) -> dict[str, float]:
+    """Reads `context` of shape (1, T), then decodes greedily: tokens per second of either, and memory in bytes."""
+    cache = None
+    start = time.perf_counter()
+    for ids in context.split(PREFILL_WINDOW, dim=1):
+        outputs = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = outputs.past_key_values
+    read = time.perf_counter()
+    for _ in range(new_tokens):
+        token = outputs.logits[:, -1:].argmax(-1)
+        outputs = model(token, past_key_values=cache, use_cache=True)
+    token.tolist()  # waits for an accelerator
+    end = time.perf_counter()
+    return {
+        "prefill": context.shape[1] / (read - start),
+        "decode": new_tokens / (end - read),
+        "state": cache.nbytes,
+        "process": psutil.Process().memory_info().rss,
+    }
+
+
+def compare_contexts(model: PreTrainedModel, prompt: torch.Tensor, lengths: list[int]) -> str:
+    """A Markdown table of decoding cost after contexts of each length, the prompt repeated."""
+    decoding_cost(model, prompt, new_tokens=10)  # warm-up
+    costs = [decoding_cost(model, prompt.repeat(1, n // prompt.shape[1] + 1)[:, :n]) for n in lengths]
+    rows = [
+        ["decoding, tokens/s", *(f"{cost['decode']:,.0f}" for cost in costs)],
+        ["reading the context, tokens/s", *(f"{cost['prefill']:,.0f}" for cost in costs)],
+        ["state, kB", *(f"{cost['state'] / 1e3:,.0f}" for cost in costs)],
+        ["whole process, MB", *(f"{cost['process'] / 1e6:,.0f}" for cost in costs)],
+    ]
+    return markdown_table(["context, tokens", *(f"{n:,}" for n in lengths)], rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("model", help="directory written by train.py, or any xLSTM checkpoint with its tokenizer")
+    add("--prompt", default="My fellow Americans, tonight", help='text to continue ("%(default)s")')
+    add("--max-new-tokens", type=int, default=200, help="length of the continuation (%(default)s)")
+    add("--temperature", type=float, default=0.8, help="of sampling; 0 takes the likeliest token (%(default)s)")
+    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this probability (%(default)s)")
+    add("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    add("--contexts", type=int, nargs="+", metavar="LENGTH", help="also measure decoding after contexts this long")
+    add("--report", type=Path, metavar="FILE", help="append text and measurements to this Markdown file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    streamer = Recorder(tokenizer, skip_special_tokens=True)
+    model.generate(
+        **inputs,
+        streamer=streamer,
+        max_new_tokens=args.max_new_tokens,
+        **(sampling if args.temperature > 0 else {"do_sample": False}),
+    )
+    report = f"\n## Generated text\n\n{streamer.text}\n"
+    if args.contexts:
+        table = compare_contexts(model, inputs.input_ids, args.contexts)
+        print(f"\n{table}")
+        report += f"\n## Cost at short and long context\n\n{table}\n"
+    if args.report:
+        with args.report.open("a", encoding="utf-8") as file:
+            file.write(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The loss curve and the written report of a training run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")  # files only, no display needed
+import matplotlib.pyplot as plt
+
+
+Curve = Sequence[tuple[float, float]]  # (minutes, bits per byte)
+
+
+def plot_loss_curve(path: Path, train: Curve, heldout: Curve, yardsticks: dict[str, float], title: str) -> None:
+    """Training and held-out bits per byte against time; every yardstick is a horizontal line."""
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training text")
+    axes.plot(
+        *zip(*heldout, strict=True), color="#08519c", linewidth=2, marker="o", markersize=4, label="held-out text"
+    )
+    end = train[-1][0]
+    for name, value in yardsticks.items():
+        above = value > min(yardsticks.values())  # the lowest line has its label below, clear of its neighbour's
+        axes.axhline(value, color="#737373", linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{name}: {value:.2f}",
+            (end, value),
+            xytext=(0, 3 if above else -3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            color="#525252",
+        )
+    axes.set(xlim=(0, end), xlabel="minutes of training", ylabel="bits per byte", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_report(path: Path, metrics: dict) -> None:
+    bits = {"xLSTM": metrics["bits_per_byte"], **metrics["yardsticks"]}
+    facts = {
+        "parameters": f"{metrics['parameters']:,}",
+        "layers": ", ".join(metrics["layer_types"]),
+        "training text": f"{metrics['train_bytes']:,} bytes, {metrics['train_tokens']:,} tokens",
+        "held-out text": f"{metrics['heldout_bytes']:,} bytes",
+        "tokens seen": f"{metrics['tokens_seen']:,} in {metrics['steps']:,} steps",
+        "training time": f"{metrics['training_seconds']:.0f} s, evaluation included",
+        "device": metrics["device"],
+    }
+    text = f"""# Training report
+
+Text: {metrics["corpus"]}.
+
+{markdown_table(["held-out text", "bits per byte"], [[name, f"{value:.3f}"] for name, value in bits.items()])}
+
+Lower is better. xLSTM pays for every token of every held-out document, the end included, with the whole document up to
+there as context. The 5-gram model (interpolated Kneser-Ney) is estimated on the same training text; lzma sees only the
+held-out text, or has compressed the training text before.
+
+![loss curve](loss_curve.png)
+
+{markdown_table(["run", ""], list(facts.items()))}
+"""
+    path.write_text(text, encoding="utf-8")

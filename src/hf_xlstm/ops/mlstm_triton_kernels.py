@@ -1,0 +1,527 @@
+"""Triton kernels of the mLSTM: the sequence in chunks, and step by step. mlstm_triton_backward.py has the gradients.
+
+A sequence is cut into chunks of L tokens. With C, n, m the state that enters a chunk, b_t the sum of log f from the
+chunk's first token to t, and i_t the log input gate, token t of the chunk reads
+
+    m_t = max(b_t + m, max_{j<=t} (b_t - b_j + i_j))     P_tj = exp(b_t - b_j + i_j - m_t)     a_t = exp(b_t + m - m_t)
+    s_t = sum_j P_tj S_tj + a_t n.q_t                    h_t = (sum_j P_tj S_tj v_j + a_t C^T q_t) / D_t
+
+with S = q k^T, D_t = max(|s_t|, exp(-m_t)) + eps and the scale on q. The chunk hands on
+
+    m' = max(g + m, max_j (g - b_j + i_j))     A = exp(g + m - m')     w_j = exp(g - b_j + i_j - m')     g = b_L
+    C' = A C + sum_j w_j k_j v_j^T             n' = A n + sum_j w_j k_j
+
+m depends on the gates alone, so it is known before any product is formed and every exponent is <= 0 from the start.
+Four kernels, in order: gates (b, the maxima), states (C, n, m at every chunk border), scores (P S / D, once per
+chunk), outputs (two products per chunk and block of V).
+
+b_t - b_j loses the digits of a mild decay behind a strong one. So b is kept as coarse / UNITS + fine: log f in whole
+units, whose sums and differences are exact integers, and the rest, whose sums stay small. A forget gate of
+log f < RESET starts a new segment: it counts as 0 in b, so that no infinity enters a difference, and lowers coarse by
+BARRIER, whose exponential is 0. A token that is masked out, or lies behind the end of its sequence, has segment -1,
+i = -inf and log f = 0: weight 0 as a key, output 0, nothing forgotten.
+
+Names: p_ pointers, b_ blocks, o_ offsets. Dimension letters: H heads, K query/key head dim, V value head dim, L chunk
+length, BK and BV blocks of K and V. Gate arrays are (B, H, T), arrays of chunks (chunks, H, ...), states
+(sequences, H, ...). T and the number of chunks are run-time values: one compilation serves all lengths.
+"""
+
+import triton
+import triton.language as tl
+
+
+# exp(-1000) is 0 in every format: a state this far down is gone.
+RESET = tl.constexpr(-1000.0)
+UNITS = tl.constexpr(64.0)
+BARRIER = tl.constexpr(1 << 23)  # below the lowest sum of a chunk: 128 tokens, 1000 * UNITS each
+# The floor of m: what is stored on a scale of exp(-1e4) is gone too, and x - m must not become -inf - -inf.
+LOWEST = tl.constexpr(-1e4)
+# Run-time values that change with T. The batch strides of q, k and v do too, but are left to Triton: known to be
+# multiples of 16, as they are for usual head dims, they keep loads wide.
+PER_CALL = ["T", "chunks_per_row"]
+GATE_STRIDES = ["stride_ib", "stride_fb", "stride_mb"]
+
+
+@triton.jit
+def log_sigmoid(x):
+    """min(x, 0) - log(1 + y), y = exp(-|x|), with log(1 + y) = 2 atanh(z), z = y / (2 + y) <= 1/3, as a series: full
+    relative precision where an open gate (y near 0) has its digits, unlike log(1 + y)."""
+    y = tl.exp(-tl.abs(x))
+    z = y / (2.0 + y)
+    s = z * z
+    series = s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
+    return tl.minimum(x, 0.0) - 2.0 * (z + z * series)
+
+
+@triton.jit
+def max_plus(decay_a, m_a, decay_b, m_b):
+    """m after interval a and then b, given the decay and the m that each has by itself. Adds only: -inf is safe."""
+    return decay_a + decay_b, tl.maximum(m_a + decay_b, m_b)
+
+
+@triton.jit
+def stabilizer(carried, local):
+    return tl.maximum(tl.maximum(carried, local), LOWEST)
+
+
+@triton.jit
+def chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L: tl.constexpr):
+    """Row of the batch, first token of a chunk, end of its sequence. Chunks never straddle two packed sequences."""
+    if p_bounds is not None:
+        row = chunk * 0
+        sequence = tl.load(p_sequence + chunk)
+        start = tl.load(p_bounds + sequence) + (chunk - tl.load(p_first_chunk + sequence)) * L
+        end = tl.load(p_bounds + sequence + 1)
+    else:
+        row = chunk // chunks_per_row
+        start = (chunk % chunks_per_row) * L
+        end = T
+    return tl.cast(row, tl.int64), start, end
+
+
+@triton.jit
+def sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk):
+    """Row of the batch, first token and end of a sequence, its first chunk and the one after its last."""
+    if p_bounds is not None:
+        row = sequence * 0
+        start = tl.load(p_bounds + sequence)
+        end = tl.load(p_bounds + sequence + 1)
+        first = tl.load(p_first_chunk + sequence)
+        last = tl.load(p_first_chunk + sequence + 1)
+    else:
+        row = sequence
+        start = sequence * 0
+        end = T
+        first = sequence * chunks_per_row
+        last = first + chunks_per_row
+    return tl.cast(row, tl.int64), start, end, first, last
+
+
+@triton.jit
+def features(p, row, start, h, stride_b, stride_t, stride_h):
+    """Where the features of token `start` begin, for head h."""
+    return p + row * stride_b + tl.cast(start, tl.int64) * stride_t + h * stride_h
+
+
+@triton.jit
+def load_tile(p, o_row, o_column, stride, in_row, in_column):
+    """[rows, columns], 0 outside."""
+    mask = in_row[:, None] & in_column[None, :]
+    return tl.load(p + o_row[:, None] * stride + o_column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_transposed(p, o_row, o_column, stride, in_row, in_column):
+    """[columns, rows], 0 outside."""
+    mask = in_row[None, :] & in_column[:, None]
+    return tl.load(p + o_row[None, :] * stride + o_column[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(p, block, o_row, o_column, stride, in_row, in_column):
+    mask = in_row[:, None] & in_column[None, :]
+    tl.store(p + o_row[:, None] * stride + o_column[None, :], block.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_live(p_segment, o_gate, inside):
+    """Tokens that exist and are not masked out. The others are never read: what stands there may be anything."""
+    return tl.load(p_segment + o_gate, mask=inside, other=-1) >= 0
+
+
+@triton.jit
+def load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m):
+    """m_t and b_t + m as it reaches token t: -inf behind a reset. A dead token has m_t = inf: it weighs nothing."""
+    segment = tl.load(p_segment + o_gate, mask=inside, other=-1)
+    b = tl.load(p_coarse + o_gate, mask=inside, other=0) / UNITS + tl.load(p_fine + o_gate, mask=inside, other=0.0)
+    carried = tl.where(segment == 0, b + m, float("-inf"))
+    m_t = stabilizer(carried, tl.load(p_m_local + o_gate, mask=inside, other=0.0))
+    return tl.where(segment < 0, float("inf"), m_t), carried
+
+
+@triton.jit
+def pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L: tl.constexpr):
+    """P [L, L]: b_t - b_j + i_j - m_t, summed so that what is exact stays exact."""
+    coarse = tl.load(p_coarse + o_gate, mask=inside, other=0)
+    fine = tl.load(p_fine + o_gate, mask=inside, other=0.0)
+    log_i = tl.load(p_log_i + o_gate, mask=inside, other=float("-inf"))
+    log_p = (coarse[:, None] - coarse[None, :]) / UNITS + ((fine - m)[:, None] + (log_i - fine)[None, :])
+    o_l = tl.arange(0, L)
+    return tl.exp(tl.where(o_l[:, None] >= o_l[None, :], log_p, float("-inf")))
+
+
+@triton.jit(do_not_specialize=[*PER_CALL, *GATE_STRIDES])
+def gate_kernel(
+    p_igate,
+    p_fgate,
+    p_mask,
+    p_coarse,  # (B, H, T) int32
+    p_fine,  # (B, H, T)
+    p_log_i,  # (B, H, T)
+    p_m_local,  # (B, H, T) m_t without what enters the chunk
+    p_log_w,  # (B, H, T) log of w_j, up to m'
+    p_segment,  # (B, H, T) number of resets in the chunk up to t
+    p_chunk_decay,  # (chunks, H) g, -inf with a reset
+    p_chunk_m,  # (chunks, H) m' without what enters the chunk
+    p_bounds,
+    p_first_chunk,
+    p_sequence,
+    T,
+    chunks_per_row,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    stride_mb,
+    stride_mt,
+    H: tl.constexpr,
+    L: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = pid % H
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    o_l = tl.arange(0, L)
+    inside = start + o_l < end
+    live = inside
+    if p_mask is not None:
+        live &= tl.load(
+            features(p_mask, row, start, 0, stride_mb, stride_mt, 0) + o_l * stride_mt, mask=inside, other=0
+        )
+    p_igate = features(p_igate, row, start, h, stride_ib, stride_it, stride_ih)
+    p_fgate = features(p_fgate, row, start, h, stride_fb, stride_ft, stride_fh)
+    log_i = tl.load(p_igate + o_l * stride_it, mask=live, other=float("-inf")).to(tl.float32)
+    log_f = log_sigmoid(tl.load(p_fgate + o_l * stride_ft, mask=live, other=float("inf")).to(tl.float32))
+
+    reset = (log_f < RESET).to(tl.int32)
+    segment = tl.cumsum(reset, 0)
+    resets = tl.sum(reset, 0)
+    summand = tl.where(reset != 0, 0.0, log_f)
+    units = tl.floor(summand * UNITS + 0.5).to(tl.int32)
+    rest = summand - units / UNITS
+    coarse = tl.cumsum(units, 0)
+    fine = tl.cumsum(rest, 0)
+    g_coarse = tl.sum(units, 0)
+    g_fine = tl.sum(rest, 0)
+    log_w = tl.where(segment == resets, (g_coarse - coarse) / UNITS + (g_fine - fine) + log_i, float("-inf"))
+    _, m_local = tl.associative_scan((tl.where(reset != 0, float("-inf"), log_f), log_i), 0, max_plus)
+
+    o_gate = (row * H + h) * T + start + o_l
+    tl.store(p_coarse + o_gate, coarse - segment * BARRIER, mask=inside)
+    tl.store(p_fine + o_gate, fine, mask=inside)
+    tl.store(p_log_i + o_gate, log_i, mask=inside)
+    tl.store(p_m_local + o_gate, m_local, mask=inside)
+    tl.store(p_log_w + o_gate, log_w, mask=inside)
+    tl.store(p_segment + o_gate, tl.where(live, segment, -1), mask=inside)
+    tl.store(p_chunk_decay + pid, tl.where(resets > 0, float("-inf"), g_coarse / UNITS + g_fine))
+    tl.store(p_chunk_m + pid, tl.max(log_w, 0))
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def state_kernel(
+    p_k,
+    p_v,
+    p_log_w,
+    p_chunk_decay,
+    p_chunk_m,
+    p_c_initial,
+    p_n_initial,
+    p_m_initial,
+    p_c,  # (chunks, H, K, V) the state that enters each chunk
+    p_n,  # (chunks, H, K)
+    p_m,  # (chunks, H)
+    p_c_final,
+    p_n_final,
+    p_m_final,
+    p_bounds,
+    p_first_chunk,
+    T,
+    chunks_per_row,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """C and n from chunk to chunk, one program for each block of C."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    block_v = pid % NV
+    block_k = pid // NV % NK
+    h = pid // (NV * NK) % H
+    sequence = pid // (NV * NK * H)
+    row, start, end, first, last = sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk)
+
+    o_k = block_k * BK + tl.arange(0, BK)
+    o_v = block_v * BV + tl.arange(0, BV)
+    in_k = o_k < K
+    in_v = o_v < V
+    owns_n = in_k & (block_v == 0)
+    owns_m = (block_v == 0) & (block_k == 0)
+    o_state = tl.cast(sequence, tl.int64) * H + h
+    b_c = tl.zeros((BK, BV), tl.float32)
+    b_n = tl.zeros((BK,), tl.float32)
+    m = 0.0
+    if p_c_initial is not None:
+        b_c += load_tile(p_c_initial + o_state * (K * V), o_k, o_v, V, in_k, in_v)
+        b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
+        m += tl.load(p_m_initial + o_state)
+
+    o_l = tl.arange(0, L)
+    p_log_w += (row * H + h) * T
+    for chunk in range(first, last):
+        o_chunk = tl.cast(chunk, tl.int64) * H + h
+        store_tile(p_c + o_chunk * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n + o_chunk * K + o_k, b_n, mask=owns_n)
+        tl.store(p_m + o_chunk, m, mask=owns_m)
+
+        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
+        live = log_w > float("-inf")
+        p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
+        p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
+        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
+        g = tl.load(p_chunk_decay + o_chunk)
+        m_new = stabilizer(g + m, tl.load(p_chunk_m + o_chunk))
+        decay = tl.exp(g + m - m_new)
+        b_k = b_k.to(tl.float32) * tl.exp(log_w - m_new)[None, :]
+        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
+        b_n = decay * b_n + tl.sum(b_k, 1)
+        m = m_new
+        start += L
+
+    if p_c_final is not None:
+        store_tile(p_c_final + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n_final + o_state * K + o_k, b_n, mask=owns_n)
+        tl.store(p_m_final + o_state, m, mask=owns_m)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def score_kernel(
+    p_q,
+    p_k,
+    p_coarse,
+    p_fine,
+    p_log_i,
+    p_m_local,
+    p_segment,
+    p_n,
+    p_m,
+    p_scores,  # (chunks, H, L, L) P_tj S_tj / D_t
+    p_read,  # (B, H, T) scale a_t / D_t: the weight of C^T q_t in h_t
+    p_s,  # (B, H, T)
+    p_bounds,
+    p_first_chunk,
+    p_sequence,
+    T,
+    chunks_per_row,
+    scale,
+    eps,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The weights with which h reads the values of its chunk and the state that enters it. n.q stays in float32: where
+    its terms cancel, h is large."""
+    pid = tl.program_id(0)
+    h = pid % H
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    o_l = tl.arange(0, L)
+    inside = start + o_l < end
+    o_gate = (row * H + h) * T + start + o_l
+    o_chunk = tl.cast(pid, tl.int64)
+    live = load_live(p_segment, o_gate, inside)
+
+    p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
+    p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
+    b_s = tl.zeros((L, L), tl.float32)
+    qn = tl.zeros((L,), tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
+        b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)
+        b_n = tl.load(p_n + o_chunk * K + o_k, mask=o_k < K, other=0.0)
+        b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)
+        qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
+
+    m_in = tl.load(p_m + o_chunk)
+    m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m_in)
+    b_s *= pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L) * scale
+    a = tl.exp(carried - m) * scale
+    s = tl.sum(b_s, 1) + a * qn
+    inverse = 1.0 / (tl.maximum(tl.abs(s), tl.exp(-m)) + eps)
+    p_scores += o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :]
+    tl.store(p_scores, (b_s * inverse[:, None]).to(p_scores.dtype.element_ty))
+    tl.store(p_read + o_gate, a * inverse, mask=inside)
+    tl.store(p_s + o_gate, s, mask=inside)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def output_kernel(
+    p_q,
+    p_v,
+    p_scores,
+    p_read,
+    p_segment,
+    p_c,
+    p_h,  # (B, T, H, V)
+    p_bounds,
+    p_first_chunk,
+    p_sequence,
+    T,
+    chunks_per_row,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h of one chunk, for one block of V."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    h = pid // NV % H
+    chunk = pid // (NV * H)
+    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    o_l = tl.arange(0, L)
+    o_v = (pid % NV) * BV + tl.arange(0, BV)
+    in_v = o_v < V
+    inside = start + o_l < end
+    o_gate = (row * H + h) * T + start + o_l
+    o_chunk = tl.cast(chunk, tl.int64) * H + h
+    live = load_live(p_segment, o_gate, inside)
+    read = tl.load(p_read + o_gate, mask=inside, other=0.0)
+
+    b_v = load_tile(features(p_v, row, start, h, stride_vb, stride_vt, stride_vh), o_l, o_v, stride_vt, live, in_v)
+    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
+    b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
+    p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
+    p_c += o_chunk * (K * V)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read[:, None]
+        b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)
+        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
+    store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
+
+
+@triton.jit(do_not_specialize=["T", *GATE_STRIDES])
+def recurrent_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_igate,
+    p_fgate,
+    p_mask,
+    p_c,
+    p_n,
+    p_m,
+    p_c_new,  # may be p_c: each program reads its block before it writes it
+    p_n_new,  # must not be p_n, nor p_m_new p_m: all programs of a head read them
+    p_m_new,
+    p_h,  # (B, T, H, V)
+    p_s,  # (B, H, T)
+    T,
+    scale,
+    eps,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    stride_mb,
+    stride_mt,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The cell step by step, for decoding and short sequences: all of K and one block of V stay in registers."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    block_v = pid % NV
+    h = pid // NV % H
+    row = tl.cast(pid // (NV * H), tl.int64)
+    o_k = tl.arange(0, BK)
+    o_v = block_v * BV + tl.arange(0, BV)
+    in_k = o_k < K
+    in_v = o_v < V
+    o_state = row * H + h
+    b_c = tl.zeros((BK, BV), tl.float32)
+    b_n = tl.zeros((BK,), tl.float32)
+    m = 0.0
+    if p_c is not None:
+        b_c += load_tile(p_c + o_state * (K * V), o_k, o_v, V, in_k, in_v)
+        b_n += tl.load(p_n + o_state * K + o_k, mask=in_k, other=0.0)
+        m += tl.load(p_m + o_state)
+
+    p_q += row * stride_qb + h * stride_qh + o_k
+    p_k += row * stride_kb + h * stride_kh + o_k
+    p_v += row * stride_vb + h * stride_vh + o_v
+    p_igate += row * stride_ib + h * stride_ih
+    p_fgate += row * stride_fb + h * stride_fh
+    p_h += (row * T * H + h) * V + o_v
+    for t in range(T):
+        live = True
+        if p_mask is not None:
+            live = tl.load(p_mask + row * stride_mb + t * stride_mt) != 0
+        b_q = tl.load(p_q + t * stride_qt, mask=in_k & live, other=0.0).to(tl.float32) * scale
+        b_k = tl.load(p_k + t * stride_kt, mask=in_k & live, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + t * stride_vt, mask=in_v & live, other=0.0).to(tl.float32)
+        log_i = tl.load(p_igate + t * stride_it, mask=live, other=float("-inf")).to(tl.float32)
+        log_f = log_sigmoid(tl.load(p_fgate + t * stride_ft, mask=live, other=float("inf")).to(tl.float32))
+
+        m_new = stabilizer(log_f + m, log_i)
+        decay = tl.exp(log_f + m - m_new)
+        b_k *= tl.exp(log_i - m_new)
+        b_c = decay * b_c + b_k[:, None] * b_v[None, :]
+        b_n = decay * b_n + b_k
+        m = m_new
+        s = tl.sum(b_n * b_q, 0)
+        b_h = tl.sum(b_c * b_q[:, None], 0) / (tl.maximum(tl.abs(s), tl.exp(-m)) + eps)
+        tl.store(p_h + t * (H * V), b_h.to(p_h.dtype.element_ty), mask=in_v)
+        tl.store(p_s + o_state * T + t, s, mask=block_v == 0)
+
+    if p_c_new is not None:
+        store_tile(p_c_new + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n_new + o_state * K + o_k, b_n, mask=in_k & (block_v == 0))
+        tl.store(p_m_new + o_state, m, mask=block_v == 0)

@@ -1,0 +1,502 @@
+"""How the mLSTM kernels are launched: block sizes, chunk tables, scratch memory. Inputs are checked by the callers.
+
+Tensors are (B, T, H, ...) as projections produce them, with any strides but the last; scratch is laid out as the
+kernel files say.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import mlstm_triton_backward as backward_kernels
+from . import mlstm_triton_kernels as kernels
+
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Blocks(NamedTuple):
+    """Block sizes of K and V, warps and pipeline stages of one kernel."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+
+class Plan(NamedTuple):
+    chunk_size: int
+    state: Blocks  # C and dC
+    score: Blocks  # the scores, and the gradients of scores, q and k
+    output: Blocks  # h and dv
+
+
+def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
+    """Long chunks halve the traffic of chunk states; only Hopper holds their tiles without spilling registers.
+
+    Nothing here depends on T: one compilation serves all lengths. What each choice takes in registers and in shared
+    memory is what benchmarks/kernel_resources.py reports.
+    """
+    K, V = q.shape[-1], v.shape[-1]
+    if q.dtype != torch.bfloat16:
+        length, state, score, output = 64, (32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2)
+    elif hopper and K * V > 64 * 64:
+        length, state, score, output = 128, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
+    else:
+        length, state, score, output = 64, (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3)
+
+    def fit(BK: int, BV: int, num_warps: int, num_stages: int) -> Blocks:
+        widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
+        return Blocks(min(BK, widest_k), min(BV, widest_v), num_warps, num_stages)
+
+    return Plan(length, fit(*state), fit(*score), fit(*output))
+
+
+class Chunks(NamedTuple):
+    """Which tokens each chunk holds. Packed sequences have tables; their number of chunks is an upper bound that
+    depends on shapes only, so that nothing waits for the GPU. Chunks beyond the real number come out empty."""
+
+    sequences: int
+    per_row: int
+    total: int
+    bounds: torch.Tensor | None = None  # (sequences + 1,) tokens
+    first: torch.Tensor | None = None  # (sequences + 1,) first chunk of each sequence
+    sequence: torch.Tensor | None = None  # (total,)
+
+    @property
+    def tables(self) -> tuple[torch.Tensor | None, ...]:
+        return self.bounds, self.first, self.sequence
+
+    @classmethod
+    def cut(cls, q: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> "Chunks":
+        batch, length = q.shape[:2]
+        if cu_seqlens is None:
+            per_row = triton.cdiv(length, chunk_size)
+            return cls(batch, per_row, batch * per_row)
+        sequences = cu_seqlens.shape[0] - 1
+        total = length // chunk_size + sequences
+        bounds = cu_seqlens.to(torch.int32)
+        counts = (bounds.diff() + chunk_size - 1) // chunk_size
+        first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        chunk = torch.arange(total, dtype=torch.int32, device=q.device)
+        sequence = torch.searchsorted(first[1:], chunk, right=True, out_int32=True).clamp_max_(sequences - 1)
+        return cls(sequences, total, total, bounds, first, sequence)
+
+
+class Gates(NamedTuple):
+    """What `gate_kernel` makes of the gates: (B, H, T) and, per chunk, (chunks, H)."""
+
+    coarse: torch.Tensor
+    fine: torch.Tensor
+    log_i: torch.Tensor
+    m_local: torch.Tensor
+    log_w: torch.Tensor
+    segment: torch.Tensor
+    chunk_decay: torch.Tensor
+    chunk_m: torch.Tensor
+
+    @property
+    def per_pair(self) -> tuple[torch.Tensor, ...]:
+        return self.coarse, self.fine, self.log_i, self.m_local, self.segment
+
+
+class Rows(NamedTuple):
+    """What `row_kernel` makes of h and dh, (B, H, T)."""
+
+    m: torch.Tensor
+    inverse: torch.Tensor
+    read: torch.Tensor
+    x: torch.Tensor
+
+
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    """(batch, time, head) strides."""
+    return x.stride()[:3]
+
+
+def _dot_options(dtype: torch.dtype) -> dict:
+    """The type in which products are formed. float16 goes through tf32, whose mantissa holds it and whose exponent
+    does not overflow. The interpreter cannot multiply bfloat16."""
+    return {
+        "DOT": tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
+    }
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan: Plan):
+    """h and s = n.q. `initial` and `final` are (c, n, m), each a triple of None where there is none."""
+    chunks = Chunks.cut(q, cu_seqlens, plan.chunk_size)
+    gates = _run_gates(igate, fgate, mask, chunks, plan)
+    states = _run_states(k, v, gates, initial, final, chunks, plan)
+    scores, read, s = _run_scores(q, k, gates, states, scale, eps, chunks, plan)
+    return _run_outputs(q, v, scores, read, gates, states[0], chunks, plan), s
+
+
+def backward(
+    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, h, s, scale, eps, plan: Plan
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`."""
+    chunks = Chunks.cut(q, cu_seqlens, plan.chunk_size)
+    gates = _run_gates(igate, fgate, mask, chunks, plan)
+    states = _run_states(k, v, gates, initial, (None, None, None), chunks, plan)
+    rows = _run_rows(h, dh, s, gates, states[2], scale, eps, chunks, plan)
+    dstates = _run_state_gradients(q, dh, gates, rows, states[2], dfinal, dinitial, chunks, plan)
+    scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, gates, rows, scale, chunks, plan)
+    dv = _run_value_gradients(k, dh, scores, gates, states[2], dstates[0], chunks, plan)
+    dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, gates, rows, states, dstates, chunks, plan)
+    return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
+
+
+def _run_gates(igate, fgate, mask, chunks: Chunks, plan: Plan) -> Gates:
+    B, T, H = igate.shape
+    coarse, segment = (torch.empty(B, H, T, dtype=torch.int32, device=igate.device) for _ in range(2))
+    floats = (torch.empty(B, H, T, dtype=torch.float32, device=igate.device) for _ in range(4))
+    per_chunk = (torch.empty(chunks.total, H, dtype=torch.float32, device=igate.device) for _ in range(2))
+    gates = Gates(coarse, *floats, segment, *per_chunk)
+    kernels.gate_kernel[(chunks.total * H,)](
+        igate,
+        fgate,
+        mask,
+        *gates,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        *igate.stride(),
+        *fgate.stride(),
+        *((0, 0) if mask is None else mask.stride()),
+        H=H,
+        L=plan.chunk_size,
+        num_warps=1,
+    )
+    return gates
+
+
+def _run_states(k, v, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
+    """The state that enters each chunk; the last one goes to `final`."""
+    T, H, K, V = *k.shape[1:], v.shape[-1]
+    c = torch.empty(chunks.total, H, K, V, dtype=_state_dtype(k.dtype), device=k.device)
+    n = torch.empty(chunks.total, H, K, dtype=torch.float32, device=k.device)
+    m = torch.empty(chunks.total, H, dtype=torch.float32, device=k.device)
+    blocks = plan.state
+    kernels.state_kernel[(chunks.sequences * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)](
+        k,
+        v,
+        gates.log_w,
+        gates.chunk_decay,
+        gates.chunk_m,
+        *initial,
+        c,
+        n,
+        m,
+        *final,
+        *chunks.tables[:2],
+        T,
+        chunks.per_row,
+        *_strides(k),
+        *_strides(v),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **blocks._asdict(),
+        **_dot_options(k.dtype),
+    )
+    return c, n, m
+
+
+def _run_scores(q, k, gates: Gates, states, scale, eps, chunks: Chunks, plan: Plan):
+    B, T, H, K = q.shape
+    L, (BK, _, num_warps, num_stages) = plan.chunk_size, plan.score
+    scores = torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device)
+    read, s = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    kernels.score_kernel[(chunks.total * H,)](
+        q,
+        k,
+        *gates.per_pair,
+        *states[1:],
+        scores,
+        read,
+        s,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        scale,
+        eps,
+        *_strides(q),
+        *_strides(k),
+        H=H,
+        K=K,
+        L=L,
+        BK=BK,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **_dot_options(q.dtype),
+    )
+    return scores, read, s
+
+
+def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan):
+    B, T, H, K, V = *q.shape, v.shape[-1]
+    h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
+    kernels.output_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
+        q,
+        v,
+        scores,
+        read,
+        gates.segment,
+        c,
+        h,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        *_strides(q),
+        *_strides(v),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **plan.output._asdict(),
+        **_dot_options(q.dtype),
+    )
+    return h
+
+
+def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
+    """h and s, like `forward`, step by step. C may be updated in place, n and m not."""
+    B, T, H, K, V = *q.shape, v.shape[-1]
+    h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
+    s = torch.empty(B, H, T, dtype=torch.float32, device=v.device)
+    BK = triton.next_power_of_2(K)
+    BV = min(triton.next_power_of_2(V), max(16, min(64, 8192 // BK)))
+    kernels.recurrent_kernel[(B * H * triton.cdiv(V, BV),)](
+        q,
+        k,
+        v,
+        igate,
+        fgate,
+        mask,
+        *initial,
+        *final,
+        h,
+        s,
+        T,
+        scale,
+        eps,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        *igate.stride(),
+        *fgate.stride(),
+        *((0, 0) if mask is None else mask.stride()),
+        H=H,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        num_warps=4,
+    )
+    return h, s
+
+
+def _run_rows(h, dh, s, gates: Gates, m, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
+    B, T, H, V = h.shape
+    rows = Rows(*(torch.empty(B, H, T, dtype=torch.float32, device=h.device) for _ in range(4)))
+    backward_kernels.row_kernel[(chunks.total * H,)](
+        h,
+        dh,
+        s,
+        gates.coarse,
+        gates.fine,
+        gates.m_local,
+        gates.segment,
+        m,
+        *rows,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        scale,
+        eps,
+        H=H,
+        V=V,
+        L=plan.chunk_size,
+        BV=min(64, triton.next_power_of_2(V)),
+        num_warps=4,
+    )
+    return rows
+
+
+def _run_state_gradients(q, dh, gates: Gates, rows: Rows, m, dfinal, dinitial, chunks: Chunks, plan: Plan):
+    """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
+    T, H, K, V = *q.shape[1:], dh.shape[-1]
+    dc = torch.empty(chunks.total, H, K, V, dtype=_state_dtype(q.dtype), device=q.device)
+    dn = torch.empty(chunks.total, H, K, dtype=torch.float32, device=q.device)
+    blocks = plan.state
+    backward_kernels.state_gradient_kernel[
+        (chunks.sequences * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)
+    ](
+        q,
+        dh,
+        rows.read,
+        rows.x,
+        gates.segment,
+        gates.chunk_decay,
+        gates.chunk_m,
+        m,
+        *dfinal,
+        dc,
+        dn,
+        *dinitial,
+        *chunks.tables[:2],
+        T,
+        chunks.per_row,
+        *_strides(q),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **blocks._asdict(),
+        **_dot_options(q.dtype),
+    )
+    return dc, dn
+
+
+def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
+    B, T, H, K, V = *q.shape, v.shape[-1]
+    L = plan.chunk_size
+    scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
+    g_row, g_column = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    backward_kernels.score_gradient_kernel[(chunks.total * H,)](
+        q,
+        k,
+        v,
+        dh,
+        gates.coarse,
+        gates.fine,
+        gates.log_i,
+        gates.segment,
+        rows.m,
+        rows.inverse,
+        rows.x,
+        scores,
+        e,
+        g_row,
+        g_column,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        scale,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        H=H,
+        K=K,
+        V=V,
+        L=L,
+        **plan.score._asdict(),
+        **_dot_options(q.dtype),
+    )
+    return scores, e, g_row, g_column
+
+
+def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, dstates, chunks: Chunks, plan: Plan):
+    B, T, H, K, V = *q.shape, v.shape[-1]
+    blocks = plan.score
+    NK = triton.cdiv(K, blocks.BK)
+    dq, dk = (torch.empty(B, T, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
+    q_dq, k_dk = (torch.empty(NK, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    cross = torch.empty(NK, chunks.total, H, dtype=torch.float32, device=q.device)
+    backward_kernels.query_key_gradient_kernel[(chunks.total * H * NK,)](
+        q,
+        k,
+        v,
+        dh,
+        e,
+        rows.read,
+        rows.x,
+        gates.log_w,
+        gates.segment,
+        gates.chunk_decay,
+        gates.chunk_m,
+        *states,
+        *dstates,
+        dq,
+        dk,
+        q_dq,
+        k_dk,
+        cross,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        B * H * T,
+        chunks.total * H,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **blocks._asdict(),
+        **_dot_options(q.dtype),
+    )
+    return dq, dk, (q_dq, k_dk, cross)
+
+
+def _run_value_gradients(k, dh, scores, gates: Gates, m, dc, chunks: Chunks, plan: Plan):
+    T, H, K, V = *k.shape[1:], dh.shape[-1]
+    dv = torch.empty_like(dh)
+    backward_kernels.value_gradient_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
+        k,
+        dh,
+        scores,
+        gates.log_w,
+        gates.segment,
+        gates.chunk_decay,
+        gates.chunk_m,
+        m,
+        dc,
+        dv,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        *_strides(k),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **plan.output._asdict(),
+        **_dot_options(k.dtype),
+    )
+    return dv
+
+
+def _run_gate_gradients(igate, fgate, gates: Gates, g_row, g_column, partial, chunks: Chunks, plan: Plan):
+    B, T, H = igate.shape
+    digate = torch.empty(B, T, H, dtype=igate.dtype, device=igate.device)
+    dfgate = torch.empty(B, T, H, dtype=fgate.dtype, device=fgate.device)
+    backward_kernels.gate_gradient_kernel[(chunks.total * H,)](
+        fgate,
+        gates.segment,
+        g_row,
+        g_column,
+        *partial,
+        digate,
+        dfgate,
+        *chunks.tables,
+        T,
+        chunks.per_row,
+        B * H * T,
+        chunks.total * H,
+        *fgate.stride(),
+        H=H,
+        NK=partial[0].shape[0],
+        L=plan.chunk_size,
+        num_warps=1,
+    )
+    return digate, dfgate

@@ -1,0 +1,304 @@
+"""The Triton sLSTM against the float64 recurrence: on the GPU where there is one, else in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+pytest.importorskip("triton")
+
+from common import relative_error
+
+from hf_xlstm.ops.slstm_reference import slstm_recurrent
+from hf_xlstm.ops.slstm_triton import plan, slstm_step_triton, slstm_triton, unsupported_reason
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INF = float("inf")
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FORWARD = ("h", "state h", "state r", "state l")
+GRADIENTS = ("dgates", "dweight", "dbias", "dh0", "dc0", "dn0")
+TOLERANCE = {F32: (1e-5, 1e-4), F16: (2e-3, 5e-3), BF16: (1e-2, 3e-2)}  # outputs, gradients
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN, so that reading what was never written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["one program", "shared"])
+def head_dim(request, monkeypatch):
+    """A head that one program keeps on chip, and one that two programs share."""
+    if request.param == "one program":
+        return 5
+    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.WEIGHT_BYTES", dict.fromkeys(TOLERANCE, 1))
+    assert plan(2, 1, 20, F32, 132).BD == 16
+    return 20
+
+
+def make_inputs(B=2, T=6, H=2, D=5, dtype=F32, mean=(0, 0, 0, 0), std=1):
+    """gates, recurrent weight, bias; gates as a projection and a transposition leave them, not contiguous."""
+    x = torch.tensor(mean)[:, None] + std * torch.randn(T, B, 4, H * D + 3)
+    x = x.to(DEVICE, dtype)[..., 3:].unflatten(-1, (H, D)).transpose(0, 1)
+    assert not x.is_contiguous()
+    weight, bias = torch.randn(4, H, D, D) / D**0.5, torch.randn(4, H, D)
+    return x, weight.to(DEVICE, dtype), bias.to(DEVICE, dtype)
+
+
+def make_state(rows=2, H=2, D=5):
+    h, c, n, m = torch.randn(4, rows, H, D, device=DEVICE)
+    return h.tanh(), c, n.abs() + 0.1, m
+
+
+def double(tensors):
+    return tuple(x.double() for x in tensors)
+
+
+def meaning(state):
+    h, c, n, m = state
+    return h, c / n, m + n.log()
+
+
+def evaluate(function, inputs, state, weights, **options):
+    """h, the final state, and the gradients of sum(weights * (h, what the state means))."""
+    *leaves, m0 = [x.detach().requires_grad_() for x in (*inputs, *state)]
+    h, final = function(*leaves[:3], initial_state=(*leaves[3:], m0), output_final_state=True, **options)
+    assert h.dtype == inputs[0].dtype
+    assert all(x.dtype == y.dtype for x, y in zip(final, state, strict=True))
+    outputs = (h, *meaning(final))
+    loss = sum((w * x.to(w.dtype)).sum() for w, x in zip(weights, outputs, strict=True))
+    gradients = torch.autograd.grad(loss, leaves)
+    assert all(d.dtype == x.dtype for d, x in zip(gradients, leaves, strict=True))
+    return dict(zip((*FORWARD, *GRADIENTS), (*outputs, *gradients), strict=True))
+
+
+def assert_exact(inputs, state=None, weights=(1, 1, 1, 1), **options):
+    gates = inputs[0]
+    if state is None:
+        rows = gates.shape[0] if options.get("cu_seqlens") is None else options["cu_seqlens"].shape[0] - 1
+        state = make_state(rows, *gates.shape[3:])
+    shapes = (gates[:, :, 0], *state[:3])
+    weights = [w * torch.randn(x.shape, dtype=F64, device=DEVICE) for w, x in zip(weights, shapes, strict=True)]
+    expected = evaluate(slstm_recurrent, double(inputs), double(state), weights, **options)
+    actual = evaluate(slstm_triton, inputs, state, weights, **options)
+    outputs, gradients = TOLERANCE[gates.dtype]
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) < (outputs if name in FORWARD else gradients), name
+    return actual
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_lengths(length, head_dim):
+    assert_exact(make_inputs(T=length, H=1, D=head_dim))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtypes(head_dim, dtype):
+    assert_exact(make_inputs(T=3, D=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads, dim", [(1, 1), (3, 16), (2, 33), (1, 160)])
+def test_head_dims(heads, dim):
+    """The last one is shared by five programs."""
+    assert_exact(make_inputs(T=3, H=heads, D=dim))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_batch(rows):
+    assert_exact(make_inputs(B=rows, T=3))
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)], ids=FORWARD)
+def test_losses(weights):
+    assert_exact(make_inputs(), weights=weights)
+
+
+@pytest.mark.parametrize(
+    "mean, std",
+    [((-10,) * 4, 1), ((5,) * 4, 1), ((5, -10, 0, 0), 1), ((0,) * 4, 15)],
+    ids=["closed", "open", "forgetful", "wide"],
+)
+def test_gate_regimes(mean, std):
+    assert_exact(make_inputs(T=12, mean=mean, std=std))
+
+
+def test_small_cell_inputs_keep_their_digits():
+    """tanh near 0: everything is small, h in proportion."""
+    gates, weight, bias = make_inputs()
+    gates[:, :, 2] *= 1e-3
+    weight[2], bias[2] = 0, 0
+    state = make_state()
+    assert_exact((gates, weight, bias), (state[0], state[1] * 1e-3, *state[2:]))
+
+
+def test_state_in_parts(head_dim):
+    """Partly empty; and absent, which is the same as zeros."""
+    inputs, (h, c, n, m) = make_inputs(D=head_dim, T=4), make_state(D=head_dim)
+    empty = torch.rand_like(n) < 0.5
+    actual = assert_exact(inputs, (h, c.masked_fill(empty, 0), n.masked_fill(empty, 0), m))
+    assert (actual["dc0"][empty] == 0).all()
+    zeros = tuple(torch.zeros_like(x) for x in (h, c, n, m))
+    with_zeros, without = (slstm_triton(*inputs, initial_state=state) for state in (zeros, None))
+    assert torch.equal(with_zeros[0], without[0])
+    assert without[1] is None
+
+
+MASKS = {
+    "left": lambda length: torch.arange(length) >= length // 2,
+    "right": lambda length: torch.arange(length) < length // 2,
+    "inside": lambda length: torch.arange(length) % 3 > 0,
+    "all": lambda length: torch.zeros(length, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("masking", MASKS)
+def test_mask(masking, head_dim):
+    inputs, state = make_inputs(D=head_dim), make_state(D=head_dim)
+    mask = torch.stack([MASKS[masking](6), torch.ones(6, dtype=torch.bool)]).to(DEVICE)
+    actual = assert_exact(inputs, state, mask=mask)
+    for name in ("h", "dgates"):
+        assert (actual[name][~mask] == 0).all(), name
+    if masking == "all":
+        _, final = slstm_triton(*inputs, initial_state=state, output_final_state=True, mask=mask)
+        assert all(torch.equal(x[0], y[0]) for x, y in zip(final, state, strict=True))
+    garbage = inputs[0].masked_fill(~mask[..., None, None, None], INF)
+    assert torch.equal(slstm_triton(garbage, *inputs[1:], initial_state=state, mask=mask)[0], actual["h"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bounds", [[0, 7], [0, 0, 5, 5, 6, 9, 9], list(range(8))], ids=str)
+def test_packed(bounds, masked, head_dim):
+    length = bounds[-1]
+    inputs, state = make_inputs(B=1, T=length, D=head_dim), make_state(len(bounds) - 1, D=head_dim)
+    mask = torch.rand(1, length, device=DEVICE) < 0.7 if masked else None
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    actual = assert_exact(inputs, state, cu_seqlens=cu_seqlens, mask=mask)
+    h, _ = slstm_triton(*inputs, initial_state=state, cu_seqlens=cu_seqlens.long(), mask=mask)
+    assert torch.equal(h, actual["h"])
+
+
+@pytest.mark.parametrize("igate", [-INF, -1e4, 1e4, None])
+@pytest.mark.parametrize("fgate", [-INF, -1e4, 1e4, INF, None])
+def test_extreme_gates_stay_finite(igate, fgate):
+    """At some steps, and in one row at all of them; from an empty state in the first head, a running one in the other."""
+    inputs, state = make_inputs(T=4), make_state()
+    for x in state:
+        x[:, 0] = 0
+    for gate, value in ((0, igate), (1, fgate)):
+        if value is not None:
+            inputs[0][:, :, gate][torch.rand(2, 4, 2, 5, device=DEVICE) < 0.5] = value
+            inputs[0][1, :, gate] = value
+    leaves = [x.detach().requires_grad_() for x in (*inputs, *state[:3])]
+    h, final = slstm_triton(*leaves[:3], initial_state=(*leaves[3:], state[3]), output_final_state=True)
+    gradients = torch.autograd.grad((h, *final[:3]), leaves, [torch.randn_like(x) for x in (h, *final[:3])])
+    assert all(x.isfinite().all() for x in (h, *final, *gradients))
+    expected, _ = slstm_recurrent(*double(inputs), initial_state=double(state))
+    # a head that has never been written to, and still is not, has no definite content
+    defined = slice(1 if igate == -INF else 0, None)
+    assert relative_error(h[:, :, defined], expected[:, :, defined]) < 1e-3  # m has no more digits next to 1e4
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_step(dtype, inplace, head_dim):
+    inputs, state = make_inputs(D=head_dim, T=3, dtype=dtype), make_state(D=head_dim)
+    expected_h, expected = slstm_recurrent(*double(inputs), initial_state=double(state), output_final_state=True)
+    outputs = []
+    for gates in inputs[0].unbind(1):
+        before = tuple(x.clone() for x in state)
+        h, new_state = slstm_step_triton(gates, *inputs[1:], state, inplace=inplace)
+        assert inplace == all(x is y for x, y in zip(new_state, state, strict=True))
+        assert inplace or all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+        state = new_state
+        outputs.append(h)
+    assert h.dtype == dtype
+    outputs = torch.stack(outputs, dim=1)
+    assert relative_error(outputs, expected_h) < TOLERANCE[dtype][0]
+    assert all(
+        relative_error(x, y) < TOLERANCE[dtype][0] for x, y in zip(meaning(state), meaning(expected), strict=True)
+    )
+
+
+def test_gradients_through_pieces():
+    leaves = [x.detach().requires_grad_() for x in (*make_inputs(), *make_state())]
+    *leaves, m0 = leaves
+    gates, *parameters, h0, c0, n0 = leaves
+    weights = torch.randn(2, 6, 2, 5, device=DEVICE)
+    gradients = []
+    for pieces in ([6], [2, 4]):
+        state, outputs = (h0, c0, n0, m0.detach()), []
+        for piece in gates.split(pieces, dim=1):
+            h, state = slstm_triton(piece, *parameters, initial_state=state, output_final_state=True)
+            outputs.append(h)
+        loss = (torch.cat(outputs, dim=1) * weights).sum() + meaning(state)[2].sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(*gradients, strict=True))
+
+
+def test_inference_keeps_nothing():
+    """Without gradients the kernel writes h and the final state only."""
+    from hf_xlstm.ops.slstm_triton import slstm_forward
+
+    *_, saved, c = slstm_forward(*make_inputs(), *make_state(), None, None, False)
+    assert saved.numel() == c.numel() == 0
+    with torch.no_grad():
+        assert relative_error(slstm_triton(*(x := make_inputs()))[0], slstm_recurrent(*double(x))[0]) < 1e-5
+
+
+@pytest.mark.parametrize("options", ["plain", "mask", "packed"])
+def test_opcheck(options):
+    B, rows = (1, 3) if options == "packed" else (2, 2)
+    mask = (torch.arange(12).view(2, 6) % 4 > 0).to(DEVICE) if options == "mask" else None
+    cu_seqlens = torch.tensor([0, 4, 4, 6], device=DEVICE) if options == "packed" else None
+    inputs = [x.contiguous() for x in (*make_inputs(B=B), *make_state(rows))]
+    args = [x.requires_grad_() for x in inputs[:-1]] + inputs[-1:]
+    torch.library.opcheck(torch.ops.hf_xlstm.slstm_forward.default, (*args, mask, cu_seqlens, True))
+
+
+def test_opcheck_step():
+    inputs = (make_inputs()[0][:, 0], *make_inputs()[1:], *make_state())
+    torch.library.opcheck(torch.ops.hf_xlstm.slstm_step.default, tuple(x.contiguous() for x in inputs))
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    compiled = torch.compile(slstm_triton, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (2, 3):
+        inputs = make_inputs(T=length)
+        gradients = []
+        for function in (slstm_triton, compiled):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            h, _ = function(*leaves)
+            gradients.append((h, *torch.autograd.grad(h.sum(), leaves)))
+        assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [1, 16, 64, 100, 128, 256, 512])
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+def test_plan_fits(rows, head_dim, dtype):
+    """A head's programs run side by side, R's slice fits in shared memory, and all rows and units are covered."""
+    programs = 132
+    cut = plan(rows, 4, head_dim, dtype, programs)
+    assert -(-head_dim // cut.BD) <= programs
+    assert 4 * cut.P * cut.BD * (2 if dtype == BF16 else 4) <= 128 * 1024
+    assert head_dim <= cut.P
+    assert cut.BD <= cut.P
+    assert cut.BB in (16, 32, 64)
+
+
+def test_unsupported_reason(monkeypatch):
+    gates = make_inputs()[0]
+    assert unsupported_reason(gates, gates) is None
+    assert "float64" in unsupported_reason(gates.double(), gates)
+    assert "512" in unsupported_reason(gates.new_empty(1, 1, 4, 1, 513), gates)
+    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.INTERPRETED", False)
+    if DEVICE == "cpu":
+        assert "GPU" in unsupported_reason(gates, gates)
