@@ -187,7 +187,7 @@ def test_packed(bounds, masked, head_dim):
 @pytest.mark.parametrize("igate", [-INF, -1e4, 1e4, None])
 @pytest.mark.parametrize("fgate", [-INF, -1e4, 1e4, INF, None])
 def test_extreme_gates_stay_finite(igate, fgate):
-    """At some steps, and in one row at all of them; from an empty state in the first head, a running one in the other."""
+    """At some steps, in one row at all of them; from an empty state in the first head, a running one in the other."""
     inputs, state = make_inputs(T=4), make_state()
     for x in state:
         x[:, 0] = 0

@@ -58,7 +58,8 @@ class JointLinear:
 @torch.no_grad()
 def prepare_for_decoding(model: PreTrainedModel) -> None:
     """Lays out all weights of a model on the CPU, unless that is done. `generate` calls it."""
-    embedding = model.get_input_embeddings().weight  # also a head's if tied: it stays as it is
+    # the embedding is also the head if they are tied, and stays as it is; another stage of a pipeline may have it
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
     for module in model.modules():
         if isinstance(getattr(module, "joint", None), JointLinear):
             module.pack()
