@@ -1,13 +1,9 @@
 """The Triton sLSTM against the float64 recurrence: on the GPU where there is one, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
 from common import relative_error

@@ -34,7 +34,8 @@ class Plan(NamedTuple):
 
 
 def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
-    """Long chunks halve the traffic of chunk states; only Hopper holds their tiles without spilling registers.
+    """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and that
+    only for head dims whose rows it can load 16 bytes at a time.
 
     Nothing here depends on T: one compilation serves all lengths. What each choice takes in registers and in shared
     memory is what benchmarks/kernel_resources.py reports.
@@ -42,7 +43,7 @@ def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
     K, V = q.shape[-1], v.shape[-1]
     if q.dtype != torch.bfloat16:
         length, state, score, output = 64, (32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2)
-    elif hopper and K * V > 64 * 64:
+    elif hopper and K * V > 64 * 64 and K % 16 == V % 16 == 0:
         length, state, score, output = 128, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
         length, state, score, output = 64, (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3)
