@@ -34,8 +34,8 @@ class Plan(NamedTuple):
 
 
 def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
-    """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and that
-    only for head dims whose rows it can load 16 bytes at a time.
+    """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and
+    that only for head dims whose rows it can load 16 bytes at a time.
 
     Nothing here depends on T: one compilation serves all lengths. What each choice takes in registers and in shared
     memory is what benchmarks/kernel_resources.py reports.

@@ -204,7 +204,7 @@ def _backward(
                 recurrent = torch.bmm(dx_t.permute(2, 0, 1, 3).reshape(H, size, 4 * D), weight)
                 dh_blocks[t][:size].add_(recurrent.transpose(0, 1))
             end = tile.start
-        d_weight = torch.einsum("tgho,thi->ghoi", dx[:steps], h_before)
+        d_weight = torch.einsum("tgho,thi->ghoi", dx[:steps], h_before).contiguous()  # as the fake kernel says
 
     d_bias = dx.sum(0)
     d_gates = torch.empty(x.shape, dtype=h.dtype, device=h.device)
