@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from common import relative_error
 
 from hf_xlstm.ops.slstm_reference import slstm_recurrent
-from hf_xlstm.ops.slstm_triton import plan, slstm_step_triton, slstm_triton, unsupported_reason
+from hf_xlstm.ops.slstm_triton import plan, shares_heads, slstm_step_triton, slstm_triton, unsupported_reason
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -288,6 +288,13 @@ def test_plan_fits(rows, head_dim, dtype):
     assert head_dim <= cut.P
     assert cut.BD <= cut.P
     assert cut.BB in (16, 32, 64)
+
+
+def test_wide_heads_are_shared():
+    """`auto` leaves them to the torch backend, see `backend_and_reason`."""
+    gates = torch.empty(1, 1, 4, 1, 128, dtype=torch.bfloat16)
+    assert not shares_heads(gates) and shares_heads(gates.new_empty(1, 1, 4, 1, 256))
+    assert shares_heads(gates.float())
 
 
 def test_unsupported_reason(monkeypatch):

@@ -58,6 +58,12 @@ def plan(rows: int, H: int, D: int, dtype: torch.dtype, programs: int) -> Plan:
     return Plan(P, BD, BB, num_warps)
 
 
+def shares_heads(gates: torch.Tensor) -> bool:
+    """Whether several programs work on one head and have to wait for each other at every step."""
+    D = gates.shape[-1]
+    return plan(1, 1, D, gates.dtype, 1).BD < D
+
+
 @functools.cache
 def _programs(device: torch.device) -> int:
     """How many programs run side by side for certain: one on each multiprocessor."""
