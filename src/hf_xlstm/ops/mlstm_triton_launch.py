@@ -42,7 +42,9 @@ def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
     """
     K, V = q.shape[-1], v.shape[-1]
     if q.dtype != torch.bfloat16:
-        length, state, score, output = 64, (32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2)
+        # float32 products take no matrix instructions: their operands stand in registers too
+        score_warps = 8 if q.dtype == torch.float32 else 4
+        length, state, score, output = 64, (32, 64, 8, 2), (32, 32, score_warps, 2), (32, 64, 8, 2)
     elif hopper and K * V > 64 * 64 and K % 16 == V % 16 == 0:
         length, state, score, output = 128, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
