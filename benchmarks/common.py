@@ -1,6 +1,7 @@
 """What the CPU benchmarks share: models of one size, peers that take turns, and result files that grow row by row."""
 
 import argparse
+import copy
 import datetime
 import functools
 import gc
@@ -114,14 +115,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @functools.cache
-def assert_equal_to_in_tree(size: str) -> dict[str, float]:
-    """Relative errors of hf_xlstm against the xLSTM of Transformers with the same weights, in float32: logits of a
-    ragged prompt, logits of `generate`, and the gradient, whose rounding errors grow on their way through all blocks.
-    No number is written before this has passed."""
-    tolerance = {"logits": 1e-4, "generate": 1e-4, "gradient": 1e-3}
+def assert_as_exact_as_in_tree(size: str) -> dict[str, dict[str, float]]:
+    """Relative errors of hf_xlstm and of the xLSTM of Transformers in float32, with the same weights, against float64:
+    logits of a ragged prompt, logits of `generate`, and the gradient. No number is written before ours are no larger.
+
+    Both round differently, and a random model now and then divides by a normalizer close to zero, which multiplies
+    rounding errors by anything up to 1e5, theirs and ours alike: over 16 draws the ratio of the two errors in the
+    gradient lay between 0.3 and 2.1 with a median of 1.07. So the bound is relative to theirs.
+    """
     theirs = build(IN_TREE, size, torch.float32)
     ours = build(OURS, size, torch.float32)
     ours.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(ours).double()
     ids = random_tokens(2, 200)
 
     def outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -133,10 +138,13 @@ def assert_equal_to_in_tree(size: str) -> dict[str, float]:
         gradient = torch.cat([parameter.grad.flatten() for _, parameter in sorted(model.named_parameters())])
         return {"logits": logits, "generate": generated, "gradient": gradient}
 
-    actual, expected = outputs(ours), outputs(theirs)
-    errors = {name: significant(relative_error(actual[name], expected[name]), 2) for name in expected}
-    if not all(error < tolerance[name] for name, error in errors.items()):
-        raise AssertionError(f"hf_xlstm differs from the xLSTM of Transformers at {size}: {errors}.")
+    expected, actual = outputs(exact), {OURS: outputs(ours), IN_TREE: outputs(theirs)}
+    errors = {
+        name: {peer: significant(relative_error(x[name], expected[name]), 2) for peer, x in actual.items()}
+        for name in expected
+    }
+    if not all(error[OURS] < 3 * error[IN_TREE] < 0.1 for error in errors.values()):
+        raise AssertionError(f"hf_xlstm is less exact than the xLSTM of Transformers at {size}: {errors}.")
     return errors
 
 

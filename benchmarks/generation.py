@@ -19,7 +19,7 @@ from common import (
     OURS,
     Measure,
     Turn,
-    assert_equal_to_in_tree,
+    assert_as_exact_as_in_tree,
     build,
     compare,
     main,
@@ -122,33 +122,33 @@ def prefill_turn(peer: str, size: str, dtype: str, length: int) -> Turn:
 
 
 def decode(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(decode_turn, size=size, dtype=dtype, batch_size=batch_size)
     return {"errors": errors, "peers": compare(start, [*args.peers, FLOOR], NEW_TOKENS * batch_size, args)}
 
 
 def generate(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(generate_turn, size=size, dtype=dtype, batch_size=batch_size)
     return {"errors": errors, "peers": compare(start, args.peers, NEW_TOKENS * batch_size, args)}
 
 
 def compiled(size: str, dtype: str, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(decode_turn, size=size, dtype=dtype, batch_size=1)
     peers = [OURS, IN_TREE, OURS + COMPILED, IN_TREE + COMPILED]
     return {"errors": errors, "peers": compare(start, peers, NEW_TOKENS, args)}
 
 
 def prefill(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(prefill_turn, size=size, dtype=dtype, length=length)
     return {"errors": errors, "peers": compare(start, [*args.peers, FLOOR], length, args)}
 
 
 def context(size: str, dtype: str, lengths: list[int], args: argparse.Namespace) -> dict:
     """The peers read on, a piece at a time, and decode where the context has each of the lengths."""
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     peers = [peer for peer in (OURS, IN_TREE, "llama") if peer in args.peers]
     prompt = random_tokens(1, PROMPT_LENGTH)
     decoders = {peer: Decoder(peer, build(peer, size, DTYPES[dtype]), prompt) for peer in peers}
@@ -166,7 +166,7 @@ def context(size: str, dtype: str, lengths: list[int], args: argparse.Namespace)
 
 
 def memory(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(prefill_turn, size=size, dtype=dtype, length=length)
     return {"errors": errors, "peers": {peer: peak_memory(start, peer) for peer in args.peers}}
 

@@ -16,7 +16,7 @@ from common import (
     OURS,
     Measure,
     Turn,
-    assert_equal_to_in_tree,
+    assert_as_exact_as_in_tree,
     build,
     compare,
     main,
@@ -48,7 +48,7 @@ def training_turn(peer: str, size: str, dtype: str, length: int) -> Turn:
 
 
 def training(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(training_turn, size=size, dtype=dtype, length=length)
     return {"errors": errors, "peers": compare(start, args.peers, length, args)}
 
@@ -59,7 +59,7 @@ def ragged_turn(length: str, peer: str, size: str, dtype: str) -> Turn:
 
 def ragged(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
     """The peers here are two lengths of one model. They differ by one token, which the speeds neglect."""
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     lengths = str(length + 1), str(length)
     models = (OURS, IN_TREE) if dtype == "float32" else (OURS,)  # the other cannot train in bfloat16
     starts = {peer: partial(ragged_turn, peer=peer, size=size, dtype=dtype) for peer in models}
@@ -68,13 +68,13 @@ def ragged(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict
 
 
 def slstm(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(training_turn, size=size, dtype=dtype, length=length)
     return {"errors": errors, "peers": compare(start, [OURS, MIXED], length, args, baselines=[OURS])}
 
 
 def memory(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
-    errors = assert_equal_to_in_tree(size)
+    errors = assert_as_exact_as_in_tree(size)
     start = partial(training_turn, size=size, dtype=dtype, length=length)
     return {"errors": errors, "peers": {peer: peak_memory(start, peer) for peer in args.peers}}
 

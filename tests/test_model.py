@@ -257,8 +257,28 @@ def test_dtypes(dtype, tolerance, stack):
     model = model.to(dtype)
     outputs = model(ids, output_hidden_states=True)
     assert {x.dtype for x in outputs.hidden_states} == {dtype}
-    assert outputs.logits.dtype == torch.float32
+    assert outputs.logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert relative_error(outputs.logits, expected) < tolerance
+
+
+@stacks
+def test_float64_throughout(stack):
+    """The gradient along a direction equals the slope along it, to digits that one step in float32 would take away."""
+    model, ids = tiny_model(**STACKS[stack]).double(), tokens(1, 20)
+    parameters = list(model.parameters())
+    direction = [
+        torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() for i, p in enumerate(parameters)
+    ]
+
+    def value(step: float) -> torch.Tensor:
+        moved = {n: p + step * d for (n, p), d in zip(model.named_parameters(), direction, strict=True)}
+        return torch.func.functional_call(model, moved, (ids,), {"use_cache": False}).logits.square().mean()
+
+    gradient = torch.autograd.grad(value(0.0), parameters)
+    slope = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+    with torch.no_grad():
+        expected = (8 * (value(5e-6) - value(-5e-6)) - (value(1e-5) - value(-1e-5))) / 6e-5
+    assert relative_error(slope, expected) < 1e-9
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from .cache_xlstm import xLSTMCache, xLSTMCacheLayer
 from .configuration_xlstm import xLSTMConfig
 from .inference import JointLinear, prepare_for_decoding
 from .ops import mlstm, mlstm_step, slstm, slstm_step
+from .ops.mlstm_reference import gate_dtype
 from .ops.pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
@@ -157,12 +158,13 @@ class xLSTMmLSTMLayer(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         q, k, v, ogate, igate, fgate = self.joint(x, *self._input_maps())
+        gates = gate_dtype(q.dtype)
         inputs = (
             q.unflatten(-1, (-1, self.qk_head_dim)),
             k.unflatten(-1, (-1, self.qk_head_dim)),
             v.unflatten(-1, (-1, self.v_head_dim)),
-            soft_cap(igate.float(), self.gate_soft_cap),
-            soft_cap(fgate.float(), self.gate_soft_cap),
+            soft_cap(igate.to(gates), self.gate_soft_cap),
+            soft_cap(fgate.to(gates), self.gate_soft_cap),
         )
         h = run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens)
         return self.out_proj(self.multihead_norm(h, ogate))
@@ -588,7 +590,8 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
         r"""
         Args:
             labels (B, T): tokens to predict, usually `input_ids`; they are shifted inside, and -100 is ignored.
-            logits_to_keep: compute logits (float32) only for that many last tokens, or for these positions; 0 for all.
+            logits_to_keep: compute logits (float32, in a float64 model float64) only for that many last tokens, or for
+                these positions; 0 for all.
 
         The other arguments, also `cache_params`, `seq_idx` and `cu_seq_lens_q`, are those of `xLSTMModel`.
         """
@@ -603,7 +606,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        logits = soft_cap(logits.float(), self.config.output_logit_soft_cap)
+        logits = soft_cap(logits.to(gate_dtype(logits.dtype)), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

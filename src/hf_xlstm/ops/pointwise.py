@@ -7,12 +7,14 @@ here it keeps its inputs, or its output, only. In a training step of a 50M model
 import torch
 import torch.nn.functional as F
 
+from .mlstm_reference import gate_dtype
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension, computed in float32 and cast back before the weight."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+    return F.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -37,13 +39,17 @@ def gated_head_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, e
 
 def head_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Layer norm over each head without weight, in float32: (B, T, H, V) to (B, T, H V)."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype).flatten(-2)
+    return F.layer_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype).flatten(-2)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(gate_dtype(x.dtype))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x32 = x.float()
+        x32 = _wide(x)
         rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x32 * rstd).to(x.dtype) * weight
@@ -51,9 +57,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        normed = x.float() * rstd
-        dweight = (dy * normed.to(x.dtype)).float().sum_to_size(weight.shape).to(weight.dtype)
-        dnormed = (dy * weight).float()
+        normed = _wide(x) * rstd
+        dweight = _wide(dy * normed.to(x.dtype)).sum_to_size(weight.shape).to(weight.dtype)
+        dnormed = _wide(dy * weight)
         projection = (dnormed * normed).mean(-1, keepdim=True)
         return dnormed.sub_(normed.mul_(projection)).mul_(rstd).to(x.dtype), dweight, None
 
@@ -87,20 +93,20 @@ class _SoftCap(torch.autograd.Function):
 class _GatedHeadNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, weight, eps):
-        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
+        y, mean, rstd = torch.native_layer_norm(_wide(x), x.shape[-1:], None, None, eps)
         ctx.save_for_backward(x, gate, weight, mean, rstd)
         return y.to(x.dtype).flatten(-2) * weight * torch.sigmoid(gate)
 
     @staticmethod
     def backward(ctx, dout):
         x, gate, weight, mean, rstd = ctx.saved_tensors
-        x32 = x.float()
+        x32 = _wide(x)
         normed = ((x32 - mean) * rstd).to(x.dtype).flatten(-2)
         sigmoid = torch.sigmoid(gate)
         dgate = torch.ops.aten.sigmoid_backward(dout * (normed * weight), sigmoid)
         dy = dout * sigmoid
-        dweight = (dy * normed).float().sum_to_size(weight.shape).to(weight.dtype)
-        dnormed = (dy * weight).float().view(x.shape)
+        dweight = _wide(dy * normed).sum_to_size(weight.shape).to(weight.dtype)
+        dnormed = _wide(dy * weight).view(x.shape)
         mask = [True, False, False]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dnormed, x32, x.shape[-1:], mean, rstd, None, None, mask)
         return dx.to(x.dtype), dgate, dweight, None
