@@ -48,7 +48,7 @@ def test_forward(stack):
 @pytest.mark.slow
 @stacks
 def test_backward(stack):
-    model = tiny_model(**STACKS[stack]).train()
+    model = tiny_model(**STACKS[stack]).double().train()  # gradients of gate biases are sums that nearly cancel
     loss = compiled(lambda ids: model(ids, labels=ids).loss, "aot_eager", dynamic=True)
     with at_most(2):
         for length in LENGTHS:
@@ -56,7 +56,7 @@ def test_backward(stack):
             expected = torch.autograd.grad(model(ids, labels=ids).loss, model.parameters())
             actual = torch.autograd.grad(loss(ids), model.parameters())
             for x, y in zip(actual, expected, strict=True):
-                assert relative_error(x, y) < 1e-4
+                assert relative_error(x, y) < 1e-6  # Transformers computes the loss in float32
 
 
 @torch.no_grad()

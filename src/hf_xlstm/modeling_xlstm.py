@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_xlstm import xLSTMCache, xLSTMCacheLayer
 from .configuration_xlstm import xLSTMConfig
-from .inference import JointLinear, prepare_for_decoding
+from .linear import decoding, joint_linear, xLSTMLinear
 from .ops import mlstm, mlstm_step, slstm, slstm_step
 from .ops.mlstm_reference import gate_dtype
 from .ops.pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
@@ -87,17 +87,13 @@ class xLSTMFeedForward(nn.Module):
 
     def __init__(self, config: xLSTMConfig):
         super().__init__()
-        self.proj_up_gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
-        self.joint = JointLinear()
-
-    def pack(self) -> None:
-        self.joint.pack(self.proj_up_gate, self.proj_up)
+        self.proj_up_gate = xLSTMLinear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
+        self.proj_up = xLSTMLinear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
+        self.proj_down = xLSTMLinear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.joint(x, self.proj_up_gate, self.proj_up)
-        return self.proj_down(swiglu(gate, up))
+        gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
+        return joint_linear(swiglu(gate, up), self.proj_down)[0]
 
 
 def run_cell(
@@ -134,21 +130,14 @@ class xLSTMmLSTMLayer(nn.Module):
         self.step = partial(mlstm_step, **options)
 
         hidden_size, bias = config.hidden_size, config.use_bias
-        self.q = nn.Linear(hidden_size, config.qk_dim, bias=bias)
-        self.k = nn.Linear(hidden_size, config.qk_dim, bias=bias)
-        self.v = nn.Linear(hidden_size, config.v_dim, bias=bias)
-        self.ogate_preact = nn.Linear(hidden_size, config.v_dim, bias=bias)
-        self.igate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
-        self.fgate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
+        self.q = xLSTMLinear(hidden_size, config.qk_dim, bias=bias)
+        self.k = xLSTMLinear(hidden_size, config.qk_dim, bias=bias)
+        self.v = xLSTMLinear(hidden_size, config.v_dim, bias=bias)
+        self.ogate_preact = xLSTMLinear(hidden_size, config.v_dim, bias=bias)
+        self.igate_preact = xLSTMLinear(hidden_size, config.num_heads, bias=True)
+        self.fgate_preact = xLSTMLinear(hidden_size, config.num_heads, bias=True)
         self.multihead_norm = xLSTMMultiHeadNorm(config.v_dim, eps=config.norm_eps, bias=bias)
-        self.out_proj = nn.Linear(config.v_dim, hidden_size, bias=bias)
-        self.joint = JointLinear()
-
-    def _input_maps(self) -> tuple[nn.Module, ...]:
-        return self.q, self.k, self.v, self.ogate_preact, self.igate_preact, self.fgate_preact
-
-    def pack(self) -> None:
-        self.joint.pack(*self._input_maps())
+        self.out_proj = xLSTMLinear(config.v_dim, hidden_size, bias=bias)
 
     def forward(
         self,
@@ -157,7 +146,9 @@ class xLSTMmLSTMLayer(nn.Module):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        q, k, v, ogate, igate, fgate = self.joint(x, *self._input_maps())
+        q, k, v, ogate, igate, fgate = joint_linear(
+            x, self.q, self.k, self.v, self.ogate_preact, self.igate_preact, self.fgate_preact
+        )
         gates = gate_dtype(q.dtype)
         inputs = (
             q.unflatten(-1, (-1, self.qk_head_dim)),
@@ -167,7 +158,7 @@ class xLSTMmLSTMLayer(nn.Module):
             soft_cap(fgate.to(gates), self.gate_soft_cap),
         )
         h = run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens)
-        return self.out_proj(self.multihead_norm(h, ogate))
+        return joint_linear(self.multihead_norm(h, ogate), self.out_proj)[0]
 
 
 class xLSTMHeadwiseLinear(nn.Module):
@@ -571,7 +562,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
     def __init__(self, config: xLSTMConfig):
         super().__init__(config)
         self.backbone = xLSTMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = xLSTMLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -595,17 +586,18 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
 
         The other arguments, also `cache_params`, `seq_idx` and `cu_seq_lens_q`, are those of `xLSTMModel`.
         """
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        with decoding(self, kwargs.get("cache_params") if past_key_values is None else past_key_values):
+            outputs = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
         logits = soft_cap(logits.to(gate_dtype(logits.dtype)), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
@@ -619,7 +611,6 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""
-        prepare_for_decoding(self)
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
