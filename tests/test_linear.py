@@ -21,6 +21,11 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(linear, "MIN_SIZE", 0)
+
+
 @pytest.fixture
 def products(monkeypatch) -> list[torch.Tensor]:
     """The weights of all products that oneDNN was asked for, in order."""

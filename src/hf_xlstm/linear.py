@@ -23,6 +23,8 @@ from transformers import Cache
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+# Numbers in a float32 weight below which the call takes longer than the product, and MKL is as good.
+MIN_SIZE = 2**16
 # Products of more rows gain little from blocked weights, and generating a token or two does not repay them.
 MAX_DECODING_ROWS = 64
 BLOCK_FROM_STEP = 9
@@ -59,9 +61,9 @@ class xLSTMLinear(nn.Linear):
     """`nn.Linear`, in float32 on an x86 CPU computed by oneDNN."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _is_plain(self) or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        if not _is_plain(self) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight, self.bias)
-        if self.weight.dtype != torch.float32 or x.ndim < 2 or torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.numel() < MIN_SIZE:
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
