@@ -76,7 +76,14 @@ class _Blocked(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     sizes: list[int]
-    versions: list[int]
+    sources: list[tuple[dict, str, torch.Tensor, int, int]]  # what the layers held, its version and address
+
+    def is_current(self) -> bool:
+        """Whether the layers still hold what was copied."""
+        return all(
+            parameters[name] is x and x._version == version and x.data_ptr() == address
+            for parameters, name, x, version, address in self.sources
+        )
 
 
 class _Decoding:
@@ -124,9 +131,9 @@ def joint_linear(x: torch.Tensor, *linears: nn.Module) -> Sequence[torch.Tensor]
     if key not in state.blocked:
         state.blocked[key] = _block(linears, rows)
     blocked = state.blocked[key]
-    if blocked is None or blocked.weight.dtype != x.dtype or blocked.versions != _versions(linears):
+    if blocked is None or blocked.weight.dtype != x.dtype or not blocked.is_current():
         return [linear(x) for linear in linears]
-    return _product(x, blocked.weight, blocked.bias).split(blocked.sizes, dim=-1)
+    return _product(x, blocked.weight, blocked.bias).split_with_sizes(blocked.sizes, dim=-1)
 
 
 def _block(linears: Sequence[nn.Module], rows: int) -> _Blocked | None:
@@ -140,12 +147,13 @@ def _block(linears: Sequence[nn.Module], rows: int) -> _Blocked | None:
     if any(x.bias is not None for x in linears):
         bias = torch.cat([weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears])
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return _Blocked(weight, bias, [len(x.weight) for x in linears], _versions(linears))
-
-
-def _versions(linears: Sequence[nn.Module]) -> list[int]:
-    """Different after the weights have changed."""
-    return [number for x in linears for number in (x.weight.data_ptr(), x.weight._version)]
+    sources = [
+        (layer._parameters, name, x, x._version, x.data_ptr())
+        for layer in linears
+        for name, x in layer._parameters.items()
+        if x is not None
+    ]
+    return _Blocked(weight, bias, [len(x.weight) for x in linears], sources)
 
 
 def _is_plain(linear: nn.Linear) -> bool:

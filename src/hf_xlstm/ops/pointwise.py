@@ -14,6 +14,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension, computed in float32 and cast back before the weight."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
+    if x.dtype == weight.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
