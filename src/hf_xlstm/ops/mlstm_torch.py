@@ -74,6 +74,12 @@ def _bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).to(gate_dtype(dtype))
 
 
+def _bmm_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b + c @ d in `dtype`, accumulated in float32 by the hardware; a and c (..., L, ·)."""
+    a, b, c, d = (x.to(dtype).flatten(0, -3) for x in (a, b, c, d))
+    return torch.baddbmm(torch.bmm(c, d), a, b)
+
+
 class _Chunkwise(torch.autograd.Function):
     """T a multiple of L. Shapes: q, k (B, T, H, K), v (B, T, H, V), log_f, igate (B, T, H), c0 (B, H, S, K, V),
     n0 (B, H, S, K), m0 (B, H, S) with S = 1 unpacked, B = 1 packed. Returns h (B, T, H, V) and the final c, n, m."""
@@ -85,8 +91,11 @@ class _Chunkwise(torch.autograd.Function):
             inner, carry, m = x.read_out_weights()
             weights = (x.k @ x.q.mT).mul_(inner)  # [L_j, L_t]
             s = weights.sum(-2).add_(carry * (x.q @ x.n_before[..., None]).squeeze(-1))
-            h = _bmm(weights.mT, x.v, x.dtype).add_(_bmm(x.q * carry[..., None], x.c_before, x.dtype))
-            h = h.div_(torch.maximum(s.abs(), torch.exp(-m)).add_(eps)[..., None])
+            # divided before the products, which then need no second pass
+            denominator = torch.maximum(s.abs(), torch.exp(-m)).add_(eps)
+            weights.div_(denominator[..., None, :])
+            q_carry = x.q * (carry / denominator)[..., None]
+            h = _bmm_add(weights.mT, x.v, q_carry, x.c_before, x.dtype).view_as(x.v)
             h = _from_chunks(h, v.dtype)
             c, n, m_final = x.final_state()
         ctx.save_for_backward(q, k, v, log_f, igate, c0, n0, m0, *order, h, s, m)
