@@ -11,7 +11,8 @@ from common import relative_error, tiny_model, tokens
 from torch import nn
 
 from hf_xlstm import linear, xLSTMCache
-from hf_xlstm.linear import BLOCK_FROM_STEP, decoding, joint_linear, xLSTMLinear
+from hf_xlstm.linear import BLOCK_FROM_STEP, decoding, joint_linear, linear_of
+from hf_xlstm.ops.pointwise import swiglu
 
 
 needs_onednn = pytest.mark.skipif(not linear.ONEDNN, reason="oneDNN is used on x86 processors only")
@@ -43,16 +44,16 @@ def products(monkeypatch) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (2, 1, 24), (2, 3, 5, 24)])
 @pytest.mark.parametrize("out_features", [7, 40])
 def test_forward_and_gradients(shape, out_features, bias):
-    layer, x = xLSTMLinear(24, out_features, bias=bias), inputs(*shape).requires_grad_()
+    layer, x = nn.Linear(24, out_features, bias=bias), inputs(*shape).requires_grad_()
     dy = inputs(*shape[:-1], out_features)
     parameters = [x, *layer.parameters()]
     exact = [p.detach().double().requires_grad_() for p in parameters]
     expected = F.linear(*exact)
     expected_grads = torch.autograd.grad(expected, exact, dy.double())
-    y = layer(x)
+    y = linear.linear(x, layer)
     grads = torch.autograd.grad(y, parameters, dy)
     with torch.no_grad():
-        assert torch.equal(layer(x), y)
+        assert torch.equal(linear.linear(x, layer), y)
     for actual, wanted in zip((y, *grads), (expected, *expected_grads), strict=True):
         assert actual.shape == wanted.shape and actual.is_contiguous()
         assert relative_error(actual, wanted) < 1e-6
@@ -60,26 +61,52 @@ def test_forward_and_gradients(shape, out_features, bias):
 
 @needs_onednn
 def test_frozen_weights_and_strided_inputs(products):
-    layer, x = xLSTMLinear(24, 7).requires_grad_(False), inputs(24, 10).t().requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).sum(), x)
+    layer, x = nn.Linear(24, 7).requires_grad_(False), inputs(24, 10).t().requires_grad_()
+    (dx,) = torch.autograd.grad(linear.linear(x, layer).sum(), x)
     assert len(products) == 2  # forward and dx, no gradient of the weight
     assert relative_error(dx, layer.weight.sum(0).expand(10, -1)) < 1e-6
 
 
 def test_second_derivatives_are_refused_rather_than_wrong():
-    layer, x = xLSTMLinear(4, 3), inputs(2, 4).requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    layer, x = nn.Linear(4, 3), inputs(2, 4).requires_grad_()
+    (dx,) = torch.autograd.grad(linear.linear(x, layer).square().sum(), x, create_graph=True)
     if linear.ONEDNN:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
+def test_result_of_a_function_is_not_kept(frozen):
+    layer, (gate, up) = nn.Linear(24, 7, bias=False), inputs(2, 3, 5, 24)
+    layer.requires_grad_(frozen != "weight")
+    gate.requires_grad_(frozen != "input")
+    up.requires_grad_(frozen != "input")
+    leaves = [x for x in (gate, up, layer.weight) if x.requires_grad]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        y = linear_of(swiglu, layer, gate, up)
+    assert set(kept) == {x.data_ptr() for x in (gate, up, layer.weight)}
+    dy = inputs(3, 5, 7)
+    expected = torch.autograd.grad(F.linear(F.silu(gate) * up, layer.weight), leaves, dy)
+    for actual, wanted in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        assert relative_error(actual, wanted) < 1e-6
+
+
+def test_function_of_an_adapted_layer():
+    layer, (gate, up) = nn.Linear(24, 7), inputs(2, 3, 24).requires_grad_()
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    assert (
+        relative_error(linear_of(swiglu, layer, gate, up), 2 * F.linear(F.silu(gate) * up, layer.weight, layer.bias))
+        < 1e-6
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_take_the_usual_way(dtype, products):
-    layer, x = xLSTMLinear(24, 7).to(dtype), inputs(3, 24, dtype=dtype)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not products
+    layer, x = nn.Linear(24, 7).to(dtype), inputs(3, 24, dtype=dtype)
+    assert torch.equal(linear.linear(x, layer), F.linear(x, layer.weight, layer.bias)) and not products
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.float()(x.float()).dtype == torch.bfloat16 and not products
+        assert linear.linear(x.float(), layer.float()).dtype == torch.bfloat16 and not products
 
 
 # ---- blocked weights
@@ -96,7 +123,7 @@ def warm(model: nn.Module, cache: xLSTMCache) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_product_of_blocked_weights(dtype, rows, products):
-    layers = nn.ModuleList([xLSTMLinear(24, 7), xLSTMLinear(24, 40, bias=False), xLSTMLinear(24, 1)]).to(dtype)
+    layers = nn.ModuleList([nn.Linear(24, 7), nn.Linear(24, 40, bias=False), nn.Linear(24, 1)]).to(dtype)
     cache, x = xLSTMCache(tiny_model().config), inputs(rows, 1, 24, dtype=dtype)
     expected = [F.linear(x.double(), y.weight.double(), None if y.bias is None else y.bias.double()) for y in layers]
     warm(layers, cache)
@@ -162,7 +189,7 @@ def test_generation_with_and_without(dtype, batch_size, monkeypatch):
 @torch.no_grad()
 @needs_onednn
 def test_changed_layers_are_called_as_they_are(products):
-    layer, x = xLSTMLinear(24, 7).to(torch.bfloat16), inputs(1, 24, dtype=torch.bfloat16)
+    layer, x = nn.Linear(24, 7).to(torch.bfloat16), inputs(1, 24, dtype=torch.bfloat16)
     cache = xLSTMCache(tiny_model().config)
     warm(layer, cache)
     layer.register_forward_hook(lambda module, args, output: output + 1)

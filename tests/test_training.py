@@ -6,8 +6,10 @@ import pytest
 import torch
 from common import MIXED, VOCAB_SIZE, relative_error, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm.modeling_xlstm import causal_lm_loss
 
 
 def make_texts(count: int, padded: bool, seed: int = 0) -> list[dict]:
@@ -166,3 +168,26 @@ def test_learns_what_needs_memory(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         assert loss < 0.1, layer_types
+
+
+@pytest.mark.parametrize("options", ["mean", "num_items_in_batch", "shift_labels", "ignore_index"])
+def test_loss_is_that_of_transformers(options):
+    """The same value and gradient, in less memory, and for any number of rows at once."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(2, 300, 11, generator=generator)).requires_grad_()
+    labels = torch.randint(11, (2, 300), generator=generator)
+    labels[0, :7] = labels[1, 100:] = -100
+    kwargs = {
+        "mean": {},
+        "num_items_in_batch": {"num_items_in_batch": torch.tensor(17)},
+        "shift_labels": {"shift_labels": labels.roll(3)},
+        "ignore_index": {"ignore_index": 5},
+    }[options]
+    if options == "ignore_index":
+        labels = labels.clamp_min(0)
+    expected = ForCausalLMLoss(logits, labels, 11, **kwargs)
+    actual = causal_lm_loss(logits, labels, 11, **kwargs)
+    assert relative_error(actual, expected) < 1e-6
+    grads = [torch.autograd.grad(3 * loss, logits)[0] for loss in (actual, expected)]
+    assert relative_error(*grads) < 1e-6
+    assert tiny_model().loss_function is causal_lm_loss

@@ -1,4 +1,4 @@
-"""Linear layers, nearly all of an xLSTM's work on a CPU, by the faster of PyTorch's two libraries there.
+"""Calls of `nn.Linear` layers, nearly all of an xLSTM's work on a CPU, by the faster of PyTorch's two libraries there.
 
 PyTorch multiplies float32 matrices with MKL and bfloat16 ones with oneDNN. On x86 processors oneDNN is the faster for
 both (measured on an AMD EPYC: twice as fast in training, four times when decoding), so float32 goes there too. Its own
@@ -10,7 +10,7 @@ it helps to decode from.
 import contextlib
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -35,39 +35,62 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return ONEDNN and x.is_cpu and x.dtype == torch.float32 and weight.numel() >= MIN_SIZE
+
+
 class _Linear(torch.autograd.Function):
+    """A linear layer of `function(*inputs)`, which is computed again for the backward pass and not kept."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+    def forward(ctx, function, weight, bias, *inputs):
+        ctx.function = function
+        ctx.product = _product if _onednn_is_faster(inputs[0], weight) else F.linear
+        ctx.save_for_backward(weight, *inputs)
+        return ctx.product(function(*inputs), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = _product(dy, weight.t())
-        x, dy = x.flatten(0, -2), dy.flatten(0, -2)
-        if ctx.needs_input_grad[1]:  # faster with the longer side of the result in its rows
+        weight, *inputs = ctx.saved_tensors
+        _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
+        dweight = dbias = None
+        dinputs = [None] * len(inputs)
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs)]
+            x = ctx.function(*inputs)
+        if any(need_inputs):
+            dx = ctx.product(dy, weight.t())
+            grads = iter(torch.autograd.grad(x, [y for y in inputs if y.requires_grad], dx))
+            dinputs = [next(grads) if need else None for need in need_inputs]
+        x, dy = x.detach().flatten(0, -2), dy.flatten(0, -2)
+        if need_weight:  # faster with the longer side of the result in its rows
             wide = weight.shape[0] > weight.shape[1]
-            dweight = _product(x.t(), dy.t()).t().contiguous() if wide else _product(dy.t(), x.t())
-        if ctx.needs_input_grad[2]:
+            dweight = ctx.product(x.t(), dy.t()).t().contiguous() if wide else ctx.product(dy.t(), x.t())
+        if need_bias:
             dbias = dy.sum(0)
-        return dx, dweight, dbias
+        return None, dweight, dbias, *dinputs
 
 
-class xLSTMLinear(nn.Linear):
-    """`nn.Linear`, in float32 on an x86 CPU computed by oneDNN."""
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _is_plain(self) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, self.weight, self.bias)
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.numel() < MIN_SIZE:
-            return F.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled():
-            return _Linear.apply(x, self.weight, self.bias)
-        return _product(x, self.weight, self.bias)
+
+def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN."""
+    if not _is_plain(layer, x) or not _onednn_is_faster(x, layer.weight):
+        return layer(x)
+    if torch.is_grad_enabled():
+        return _Linear.apply(_identity, layer.weight, layer.bias, x)
+    return _product(x, layer.weight, layer.bias)
+
+
+def linear_of(function: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """layer(function(*inputs)), in training without keeping what the function returned. It must be cheap and depend
+    on nothing else that wants a gradient."""
+    if not torch.is_grad_enabled() or not _is_plain(layer, inputs[0]):
+        return joint_linear(function(*inputs), layer)[0]
+    return _Linear.apply(function, layer.weight, layer.bias, *inputs)
 
 
 class _Blocked(NamedTuple):
@@ -120,45 +143,53 @@ def decoding(model: nn.Module, cache: Cache | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def joint_linear(x: torch.Tensor, *linears: nn.Module) -> Sequence[torch.Tensor]:
+def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     """What each of the linear layers makes of x (..., D): one product for all of them while decoding on a CPU."""
     if torch.compiler.is_compiling():
-        return [linear(x) for linear in linears]
+        return [layer(x) for layer in layers]
     state, rows = _current.get(), x.numel() // x.shape[-1]
     if state is None or rows > MAX_DECODING_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return [linear(x) for linear in linears]
-    key = id(linears[0])
+        return [linear(x, layer) for layer in layers]
+    key = id(layers[0])
     if key not in state.blocked:
-        state.blocked[key] = _block(linears, rows)
+        state.blocked[key] = _block(x, layers, rows)
     blocked = state.blocked[key]
     if blocked is None or blocked.weight.dtype != x.dtype or not blocked.is_current():
-        return [linear(x) for linear in linears]
+        return [linear(x, layer) for layer in layers]
     return _product(x, blocked.weight, blocked.bias).split_with_sizes(blocked.sizes, dim=-1)
 
 
-def _block(linears: Sequence[nn.Module], rows: int) -> _Blocked | None:
-    """None if one of the layers is not as this module made it: adapted, quantized, sharded, offloaded or hooked."""
-    if not all(type(x) is xLSTMLinear and _is_plain(x) and not _has_hooks(x) for x in linears):
+def _block(x: torch.Tensor, layers: Sequence[nn.Module], rows: int) -> _Blocked | None:
+    """None if one of the layers is no plain one: adapted, quantized, sharded, offloaded or hooked."""
+    if not x.is_cpu or not all(_is_plain(layer, x) for layer in layers):
         return None
-    dtypes = {x.weight.dtype for x in linears}
-    if dtypes != {torch.bfloat16} and (dtypes != {torch.float32} or rows == 1):
+    if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or rows == 1):
         return None
-    weight, bias = torch.cat([x.weight for x in linears]), None
-    if any(x.bias is not None for x in linears):
-        bias = torch.cat([weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears])
+    weight, bias = torch.cat([layer.weight for layer in layers]), None
+    if any(layer.bias is not None for layer in layers):
+        bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        bias = torch.cat(bias)
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     sources = [
-        (layer._parameters, name, x, x._version, x.data_ptr())
-        for layer in linears
-        for name, x in layer._parameters.items()
-        if x is not None
+        (layer._parameters, name, p, p._version, p.data_ptr())
+        for layer in layers
+        for name, p in layer._parameters.items()
+        if p is not None
     ]
-    return _Blocked(weight, bias, [len(x.weight) for x in linears], sources)
+    return _Blocked(weight, bias, [len(layer.weight) for layer in layers], sources)
 
 
-def _is_plain(linear: nn.Linear) -> bool:
-    return ONEDNN and type(linear.weight) is nn.Parameter and linear.weight.is_cpu
-
-
-def _has_hooks(linear: nn.Linear) -> bool:
-    return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+def _is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a product with the layer's weight may stand for a call of the layer: it is no other class, has no hooks
+    and no sharded or quantized weight, and neither autocast nor the compiler wants to see it."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return False
+    weight = layer._parameters["weight"]
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and "forward" not in vars(layer)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )

@@ -32,10 +32,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_xlstm import xLSTMCache, xLSTMCacheLayer
 from .configuration_xlstm import xLSTMConfig
-from .linear import decoding, joint_linear, xLSTMLinear
+from .linear import decoding, joint_linear, linear_of
 from .ops import mlstm, mlstm_step, slstm, slstm_step
 from .ops.mlstm_reference import gate_dtype
-from .ops.pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
+from .ops.pointwise import cross_entropy, gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
 logger = logging.get_logger(__name__)
@@ -87,13 +87,13 @@ class xLSTMFeedForward(nn.Module):
 
     def __init__(self, config: xLSTMConfig):
         super().__init__()
-        self.proj_up_gate = xLSTMLinear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_up = xLSTMLinear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_down = xLSTMLinear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
+        self.proj_up_gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
+        self.proj_up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
+        self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
-        return joint_linear(swiglu(gate, up), self.proj_down)[0]
+        return linear_of(swiglu, self.proj_down, gate, up)
 
 
 def run_cell(
@@ -130,14 +130,14 @@ class xLSTMmLSTMLayer(nn.Module):
         self.step = partial(mlstm_step, **options)
 
         hidden_size, bias = config.hidden_size, config.use_bias
-        self.q = xLSTMLinear(hidden_size, config.qk_dim, bias=bias)
-        self.k = xLSTMLinear(hidden_size, config.qk_dim, bias=bias)
-        self.v = xLSTMLinear(hidden_size, config.v_dim, bias=bias)
-        self.ogate_preact = xLSTMLinear(hidden_size, config.v_dim, bias=bias)
-        self.igate_preact = xLSTMLinear(hidden_size, config.num_heads, bias=True)
-        self.fgate_preact = xLSTMLinear(hidden_size, config.num_heads, bias=True)
+        self.q = nn.Linear(hidden_size, config.qk_dim, bias=bias)
+        self.k = nn.Linear(hidden_size, config.qk_dim, bias=bias)
+        self.v = nn.Linear(hidden_size, config.v_dim, bias=bias)
+        self.ogate_preact = nn.Linear(hidden_size, config.v_dim, bias=bias)
+        self.igate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
+        self.fgate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
         self.multihead_norm = xLSTMMultiHeadNorm(config.v_dim, eps=config.norm_eps, bias=bias)
-        self.out_proj = xLSTMLinear(config.v_dim, hidden_size, bias=bias)
+        self.out_proj = nn.Linear(config.v_dim, hidden_size, bias=bias)
 
     def forward(
         self,
@@ -553,6 +553,26 @@ def packed_bounds(
     return F.pad(starts.nonzero().squeeze(1), (0, 1), value=starts.shape[0])
 
 
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.LongTensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Transformers' `ForCausalLMLoss` in less memory."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    shift_labels = shift_labels.flatten().to(logits.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return cross_entropy(logits.view(-1, vocab_size), shift_labels, ignore_index) / num_items_in_batch
+
+
 class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -562,7 +582,8 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
     def __init__(self, config: xLSTMConfig):
         super().__init__(config)
         self.backbone = xLSTMModel(config)
-        self.lm_head = xLSTMLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -44,6 +44,14 @@ def head_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.layer_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype).flatten(-2)
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """The sum over all rows of -log softmax(logits)[label], without those labelled `ignore_index`. logits (N, V),
+    labels (N,). Takes the memory of one more tensor like the logits, PyTorch's own of three."""
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return _CrossEntropy.apply(logits, labels, ignore_index)
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(gate_dtype(x.dtype))
 
@@ -112,3 +120,22 @@ class _GatedHeadNorm(torch.autograd.Function):
         mask = [True, False, False]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dnormed, x32, x.shape[-1:], mean, rstd, None, None, mask)
         return dx.to(x.dtype), dgate, dweight, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    ROWS = 256
+
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index):
+        valid = labels != ignore_index
+        labels = torch.where(valid, labels, 0)
+        normalizer = torch.cat([rows.logsumexp(-1) for rows in logits.split(_CrossEntropy.ROWS)])
+        ctx.save_for_backward(logits, labels, valid, normalizer)
+        return torch.where(valid, normalizer - logits.gather(-1, labels[:, None]).squeeze(-1), 0).sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, labels, valid, normalizer = ctx.saved_tensors
+        dlogits = torch.sub(logits, normalizer[:, None]).exp_()
+        dlogits.scatter_add_(-1, labels[:, None], dlogits.new_full((len(labels), 1), -1.0))
+        return dlogits.mul_((dloss * valid)[:, None]), None, None
