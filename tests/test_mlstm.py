@@ -374,3 +374,20 @@ def test_long_stream(gates):
         assert relative_error(stream[:, -1000:], expected[:, -1000:]) < 1e-5
     for result in (final, state):
         assert all(relative_error(x, y) < 1e-5 for x, y in zip(result, expected_state, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", ["unit", "initial"])
+@torch.no_grad()
+def test_million_steps(gates):
+    """The chunkwise form, from state to state, and the step stay together."""
+    state = chunk_state = None
+    for _ in range(10):
+        inputs = make_inputs(B=1, T=100_000, dtype=F32, gates=gates)
+        h, chunk_state = mlstm(*inputs, initial_state=chunk_state, output_final_state=True)
+        if state is None:
+            state = tuple(torch.zeros_like(x) for x in chunk_state)
+        steps = [mlstm_step(*x, state, inplace=True)[0] for x in zip(*(x.unbind(1) for x in inputs), strict=True)]
+    assert relative_error(torch.stack(steps[-1000:], dim=1), h[:, -1000:]) < 1e-4
+    for stepped, chunked in zip(state, chunk_state, strict=True):  # both with the m of the recurrence
+        assert relative_error(stepped, chunked) < 1e-4
