@@ -76,12 +76,13 @@ def test_end_of_text_and_continuation(draft):
 @pytest.mark.parametrize("stack", ["mlstm", "conv"])
 @pytest.mark.parametrize(
     "options, graphs",
-    [({}, 1), pytest.param({"prefill_chunk_size": 8}, 4, marks=pytest.mark.slow)],
-    ids=["decode", "chunks"],
+    [({}, 1), ({"prefill_chunk_size": 8}, 2), ({"prefill_chunk_size": 8, "num_beams": 3}, 2)],
+    ids=["decode", "chunks", "beams"],
 )
 def test_compiled(options, graphs, stack):
-    """Decoding is one graph after prompts of any length, and prefill in chunks adds a bounded number."""
+    """Decoding is one graph after prompts of any length, and prefill in chunks another one."""
     model = tiny_model(**STACKS[stack])
+    modes = {"max_new_tokens": 10, "do_sample": False, "num_beams": options.get("num_beams", 1)}
     compile_config = CompileConfig(fullgraph=True, backend="eager")
     compile_config._compile_all_devices = True
     options = options | {"cache_implementation": "static", "compile_config": compile_config}
@@ -89,6 +90,6 @@ def test_compiled(options, graphs, stack):
     counters.clear()
     for length in (8, 16, 24, 32):
         prompt = tokens(2, length)
-        expected = model.generate(prompt, max_new_tokens=10, do_sample=False)
-        assert model.generate(prompt, max_new_tokens=10, do_sample=False, **options).equal(expected)
+        expected = model.generate(prompt, **modes)
+        assert model.generate(prompt, **(modes | options)).equal(expected)
     assert 1 <= counters["stats"]["unique_graphs"] <= graphs

@@ -630,15 +630,25 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, *args) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, *args)
             return
         cache = model_kwargs["past_key_values"] = xLSTMCache(self.config)
         cache.is_compileable = "static" in (generation_config.cache_implementation or "")
         if generation_config.is_assistant:
             cache.activate_past_recording()
+        compiles_prefill = generation_config.prefill_chunk_size and self._valid_auto_compile_criteria(
+            model_kwargs, generation_config
+        )
+        if compiles_prefill:
+            # a masked token allocates the states of every layer and leaves them empty, so that the first chunk finds
+            # a state like the later ones and needs no graph of its own
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            masked = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+            self.backbone(masked, attention_mask=masked, past_key_values=cache)
+            cache.advance(-1, self.device)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
