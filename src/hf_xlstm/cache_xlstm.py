@@ -223,6 +223,7 @@ class xLSTMCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens, by running the layers again over the others of their forward
         pass. Needs `activate_past_recording()` before that pass; reaches back to the last crop."""
+        tokens_to_remove = int(tokens_to_remove)  # up to 5.17 Transformers passes a tensor, which layers would share
         super().crop(tokens_to_remove)
         self.seen_tokens.add_(tokens_to_remove)
 
