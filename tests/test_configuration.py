@@ -1,10 +1,11 @@
 """xLSTMConfig: the fields of Transformers' own class, true aliases, the widths of the layers."""
 
 import json
+import re
 
 import pytest
 import transformers
-from common import MIXED, tiny_config
+from common import MIXED, SLSTM, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM, xLSTMModel
@@ -111,3 +112,10 @@ def test_kernel_choices_of_others_are_accepted():
         inference_state_dtype="bfloat16",
     )
     assert config.chunkwise_kernel == "chunkwise--triton_xl_chunk"
+
+
+@pytest.mark.parametrize("layer_types", [None, MIXED, SLSTM], ids=str)
+def test_tensor_parallel_plan_names_what_is_there(layer_types):
+    model = xLSTMModel(tiny_config(layer_types=layer_types, use_bias=True))
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    assert model.config.base_model_tp_plan.keys() <= {re.sub(r"\.\d+", ".*", name) for name in names}

@@ -148,6 +148,9 @@ class xLSTMConfig(PreTrainedConfig):
         if self.use_bias:
             rule = {"blocks.*.mlstm_layer.multihead_norm.bias": "colwise"}
             self.base_model_tp_plan = self.base_model_tp_plan | rule
+        if "mlstm" not in self.layers_block_type:  # rules for layers that do not exist are errors
+            plan = self.base_model_tp_plan.items()
+            self.base_model_tp_plan = {name: rule for name, rule in plan if ".mlstm_layer." not in name}
         if self.layer_types is not None and set(self.layer_types) == {"mlstm"}:
             self.layer_types = None
 

@@ -37,9 +37,17 @@ class MLSTMTest(XLSTMSuite, unittest.TestCase):
     pass
 
 
-class MixedTest(XLSTMSuite, unittest.TestCase):
+class WithLayerTypes(XLSTMSuite):
+    def setUp(self):
+        super().setUp()
+        # in the file, next to layer types of ours, the number of layers has its other name: see xLSTMConfig.to_dict
+        inputs = self.config_tester.inputs_dict
+        inputs["num_blocks"] = inputs.pop("num_hidden_layers")
+
+
+class MixedTest(WithLayerTypes, unittest.TestCase):
     fields = XLSTMSuite.fields | {"layer_types": ["mlstm", "slstm"]}
 
 
-class SLSTMTest(XLSTMSuite, unittest.TestCase):
+class SLSTMTest(WithLayerTypes, unittest.TestCase):
     fields = XLSTMSuite.fields | {"layer_types": ["slstm", "slstm"]}
