@@ -5,43 +5,44 @@ python scripts/push_to_hub.py runs/quickstart me/my-xlstm --dry-run
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_xlstm  # noqa: F401  registers the model
-from hf_xlstm.hub import save_self_contained
-from report import markdown_table
+from hf_xlstm.hub import describe, save_self_contained
+from report import markdown_table, results_table
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
 
 
-def model_card(metrics: dict, repo_id: str, license: str, language: str) -> ModelCard:
-    """The card of a model, from what train.py wrote about its training, its data and its evaluation."""
+def model_card(
+    model: PreTrainedModel, metrics: dict, evaluation: list[dict], repo_id: str, license: str, language: str
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        metrics: what train.py wrote about its training, its data and its evaluation.
+        evaluation: what evaluate.py wrote, empty if it was not used.
+        license, language: of the weights and of the text, by their names on the Hub.
+    """
     name = repo_id.split("/")[-1]
-    bits = metrics["bits_per_byte"]
-    types = metrics["layer_types"]
-    result = EvalResult(
-        task_type="text-generation",
-        dataset_type="heldout",
-        dataset_name=f"held-out part of: {metrics['corpus']}",
-        metric_type="bits_per_byte",
-        metric_value=round(bits, 4),
-    )
+    heldout = {"task": "held-out text", "metric": "bits_per_byte", "value": metrics["bits_per_byte"]}
     data = ModelCardData(
         model_name=name,
         license=license,
         language=language,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["xlstm", *sorted(set(types)), "custom_code"],
-        eval_results=[result],
+        tags=["xlstm", *sorted(set(metrics["layer_types"])), "custom_code"],
+        eval_results=[eval_result(result) for result in [heldout, *evaluation]],
     )
-    scores = {name: bits, **metrics["yardsticks"]}
+    scores = {name: metrics["bits_per_byte"], **metrics["yardsticks"]}
     run = {
         "training text": f"{metrics['train_bytes']:,} bytes, {metrics['train_tokens']:,} tokens",
         "tokens seen": f"{metrics['tokens_seen']:,} in {metrics['steps']:,} steps",
@@ -52,25 +53,41 @@ def model_card(metrics: dict, repo_id: str, license: str, language: str) -> Mode
         data,
         template_path=str(TEMPLATE),
         name=name,
-        repo_id=repo_id,
+        description=describe(model, repo_id),
         license=license,
-        parameters=f"{metrics['parameters']:,}",
-        layers=", ".join(f"{types.count(kind)} {kind} blocks" for kind in dict.fromkeys(types)),
-        pure="slstm" not in types,
-        prompt="Once upon a time",
         heldout_bytes=f"{metrics['heldout_bytes']:,}",
+        heldout=markdown_table(["", "bits per byte"], [[key, f"{value:.3f}"] for key, value in scores.items()]),
+        evaluation=results_table(evaluation) if evaluation else "",
         train_bytes=f"{metrics['train_bytes']:,}",
-        results=markdown_table(["", "bits per byte"], [[key, f"{value:.3f}"] for key, value in scores.items()]),
         training=markdown_table(["", ""], list(run.items())),
         data=metrics["corpus"],
     )
 
 
-def prepare(run: Path, card: ModelCard, directory: Path) -> None:
+def eval_result(result: dict) -> EvalResult:
+    """An entry of the Hub's model index."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^\w.-]+", "-", result["task"]),
+        dataset_name=result["task"],
+        metric_type=result["metric"],
+        metric_value=round(result["value"], 4),
+        metric_args={name: result[name] for name in ("shots", "limit", "filter") if name in result} or None,
+    )
+
+
+def prepare(run: Path, directory: Path, repo_id: str, license: str, language: str) -> ModelCard:
     """Lays out in `directory` what is to be published: of the run, only what belongs into a repository."""
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    measured = run / "evaluation.json"
+    evaluation = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else []
     model = AutoModelForCausalLM.from_pretrained(run)
+    card = model_card(model, metrics, evaluation, repo_id, license, language)
     save_self_contained(model, directory, AutoTokenizer.from_pretrained(run), card=str(card))
-    shutil.copy(run / "metrics.json", directory)
+    for file in run.glob("*.json"):
+        if file.name in ("metrics.json", "evaluation.json"):
+            shutil.copy(file, directory)
+    return card
 
 
 def main() -> None:
@@ -84,10 +101,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="send nothing, show the files and the card")
     args = parser.parse_args()
 
-    metrics = json.loads((args.run / "metrics.json").read_text(encoding="utf-8"))
-    card = model_card(metrics, args.repo_id, args.license, args.language)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args.run, card, Path(folder))
+        card = prepare(args.run, Path(folder), args.repo_id, args.license, args.language)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         rows = [[path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}"] for path in files]
         print(f"{args.repo_id}, branch {args.revision}:\n\n{markdown_table(['file', 'bytes'], rows)}\n")

@@ -46,6 +46,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def results_table(results: Sequence[dict]) -> str:
+    """What evaluate.py measured."""
+    rows = []
+    for result in results:
+        conditions = [f"{result[name]} {name}" for name in ("bytes", "shots") if name in result]
+        conditions += [f"the first {result['limit']}"] if "limit" in result else []
+        conditions += [result["filter"]] if "filter" in result else []
+        error = f" ± {result['stderr']:.4f}" if "stderr" in result else ""
+        rows.append([result["task"], result["metric"], f"{result['value']:.4f}{error}", ", ".join(conditions)])
+    return markdown_table(["text or task", "metric", "value", ""], rows)
+
+
 def write_report(path: Path, metrics: dict) -> None:
     bits = {"xLSTM": metrics["bits_per_byte"], **metrics["yardsticks"]}
     facts = {

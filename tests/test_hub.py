@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_xlstm
@@ -25,6 +26,13 @@ REPOSITORY = f"{USER}/tiny"
 PROMPT = [[5, 3, 7, 2, 9, 4]]
 # what a process sees where neither the package nor Triton was ever installed
 STRANGER = "import sys; sys.modules['hf_xlstm'] = sys.modules['triton'] = None\n"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: index for index, word in enumerate(["[UNK]", "Once", "upon", "a", "time"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 def tiny_model(layer_types: list[str] | None = None, seed: int = 0) -> xLSTMForCausalLM:
@@ -91,25 +99,78 @@ def test_package_wins_over_the_code_in_a_folder(tmp_path):
     assert type(loaded) is hf_xlstm.xLSTMForCausalLM
 
 
-def test_folder_works_for_a_stranger_and_can_be_saved_again(run, tmp_path):
-    model = tiny_model(["mlstm", "slstm"])
-    save_self_contained(model, tmp_path / "first")
-    code = f"""{STRANGER}
+@pytest.mark.parametrize("first", ["code of the folder", "package"])
+def test_package_and_copies_of_its_code_live_in_one_process(first, run, tmp_path):
+    """Each with operators of its own: one registered twice would replace the other one's."""
+    for name in ("one", "two"):
+        save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / name)
+    code = f"""
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+def from_package():
+    import hf_xlstm
+    return [AutoModelForCausalLM.from_pretrained("one", trust_remote_code=True)]
+
+def from_folders():
+    reference = "modeling_xlstm.xLSTMForCausalLM"
+    return [get_class_from_dynamic_module(reference, name).from_pretrained(name) for name in ("one", "two")]
+
+def use(model):
+    ids = torch.tensor({PROMPT})
+    outputs = model(ids, labels=ids)
+    gradients = torch.autograd.grad(outputs.loss, model.parameters())
+    return torch.cat([x.flatten() for x in (outputs.logits, *gradients)])
+
+loaders = [from_package, from_folders]
+models = loaders[{first == "package"} - 1]()
+before = use(models[0])
+models += loaders[0 - {first == "package"}]()
+assert len({{type(model).__module__ for model in models}}) == 3
+for model in models:
+    torch.testing.assert_close(use(model), before)
+"""
+    run(*python(code))
+
+
+def test_folder_works_for_a_stranger_and_can_be_saved_again(run, tmp_path):
+    model = tiny_model(["mlstm", "slstm"])
+    model.generation_config.max_new_tokens = 8
+    save_self_contained(model, tmp_path / "first", tiny_tokenizer())
+    code = f"""{STRANGER}
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 prompt = torch.tensor({PROMPT})
 model = AutoModelForCausalLM.from_pretrained("first", trust_remote_code=True)
 model.save_pretrained("second")
 again = AutoModelForCausalLM.from_pretrained("second", trust_remote_code=True)
 assert type(again).__module__.startswith("transformers_modules.")
-torch.save((again(prompt).logits, again.generate(prompt, max_new_tokens=8, do_sample=False)), "results.pt")
+torch.save((again(prompt).logits, again.generate(prompt, do_sample=False)), "results.pt")
+for name, reference in {AUTO_MAP}.items():
+    loaded = getattr(transformers, name).from_pretrained("second", trust_remote_code=True)
+    assert type(loaded).__name__ == reference.split(".")[1]
+    for part in (loaded, getattr(loaded, "backbone", loaded)):  # not Transformers' own
+        assert type(part).__module__.startswith("transformers_modules.")
+tokenizer = AutoTokenizer.from_pretrained("first", trust_remote_code=True)
+assert tokenizer("Once upon a time").input_ids == [1, 2, 3, 4]
 """
     run(*python(code))
     seen_logits, seen_tokens = torch.load(tmp_path / "results.pt")
     torch.testing.assert_close(seen_logits, logits(model))
-    expected = model.generate(torch.tensor(PROMPT), max_new_tokens=8, do_sample=False)
+    expected = model.generate(torch.tensor(PROMPT), do_sample=False)
+    assert expected.shape[1] == len(PROMPT[0]) + 8
     torch.testing.assert_close(seen_tokens, expected)
     assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(flat_modules())
+
+
+def test_default_card(tmp_path):
+    save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / "mixed")
+    save_self_contained(tiny_model(), tmp_path / "pure")
+    mixed, pure = (ModelCard.load(tmp_path / name / "README.md") for name in ("mixed", "pure"))
+    assert mixed.data.library_name == "transformers" and mixed.data.pipeline_tag == "text-generation"
+    assert "1 mlstm blocks, 1 slstm blocks" in mixed.content and "opens this checkpoint" not in mixed.content
+    assert "2 mlstm blocks" in pure.content and "opens this checkpoint" in pure.content
 
 
 def test_plain_transformers_opens_pure_mlstm_and_refuses_slstm(run, tmp_path):
@@ -238,15 +299,14 @@ def test_wrong_token_and_missing_repository_give_clear_errors(hub, start):
 @pytest.fixture
 def trained(tmp_path) -> Path:
     """The output directory of scripts/train.py, and something in it that is not to be published."""
-    words = {word: index for index, word in enumerate(["[UNK]", "Once", "upon", "a", "time"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tiny_model(["mlstm", "slstm"]).save_pretrained(tmp_path / "run")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "run")
+    tiny_tokenizer().save_pretrained(tmp_path / "run")
     metrics = {"bits_per_byte": 2.5, "yardsticks": {"lzma": 3.5}, "corpus": "four words", "parameters": 35432}
     sizes = ("train_bytes", "train_tokens", "heldout_bytes", "steps", "tokens_seen", "training_seconds")
     metrics |= dict.fromkeys(sizes, 7) | {"layer_types": ["mlstm", "slstm"], "device": "cpu", "arguments": {"seed": 0}}
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    evaluation = [{"task": "my task", "metric": "acc", "value": 0.25, "stderr": 0.125, "shots": 2}]
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "run" / "optimizer.pt").write_bytes(b"state")
     return tmp_path / "run"
 
@@ -255,8 +315,23 @@ def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
     push_to_hub.main()
     shown = capsys.readouterr().out
-    assert "| model.safetensors |" in shown and "optimizer.pt" not in shown
+    assert "| model.safetensors |" in shown and "| evaluation.json |" in shown and "optimizer.pt" not in shown
     assert "| lzma | 3.500 |" in shown and "four words" in shown
+    assert "| my task | acc | 0.2500 ± 0.1250 | 2 shots |" in shown
+
+
+def test_card_metadata_is_a_model_index(trained, tmp_path):
+    card = push_to_hub.prepare(trained, tmp_path / "out", REPOSITORY, "mit", "en")
+    read = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert read.to_dict() == card.data.to_dict()
+    assert (read.license, read.language, read.model_name) == ("mit", "en", "tiny")
+    assert {"xlstm", "mlstm", "slstm", "custom_code"} == set(read.tags)
+    heldout, task = read.eval_results
+    assert (heldout.metric_type, heldout.metric_value) == ("bits_per_byte", 2.5)
+    assert (task.dataset_name, task.metric_type, task.metric_value) == ("my task", "acc", 0.25)
+    assert task.metric_args == {"shots": 2}
+    (entry,) = eval_results_to_model_index("tiny", read.eval_results)  # what the Hub reads
+    assert entry == read.to_dict()["model-index"][0]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_xlstm.xLSTMConfig",
     "AutoModel": "modeling_xlstm.xLSTMModel",
     "AutoModelForCausalLM": "modeling_xlstm.xLSTMForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_xlstm.xLSTMForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_xlstm.xLSTMForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_xlstm.xLSTMForTokenClassification",
 }
@@ -32,18 +33,28 @@ tags: [xlstm]
 
 # {name}
 
-An xLSTM of {parameters:,} parameters in {blocks} blocks ({layers}).
+{description}
+"""
+DESCRIPTION = """\
+An [xLSTM](https://arxiv.org/abs/2405.04517) of {parameters:,} parameters: {layers}. Its memory and its time per token
+do not grow with the length of the context.
+
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(inputs.input_ids, max_new_tokens=100, do_sample=True, top_p=0.9)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-With the package `hf-xlstm` installed, `import hf_xlstm` takes the place of `trust_remote_code=True` and brings the
-Triton kernels.
-"""
+The code in this repository is a copy of hf-xlstm without its Triton kernels. With the package installed,
+`import hf_xlstm` takes the place of `trust_remote_code=True`."""
+PURE = " All blocks are mLSTM blocks, so that Transformers' own xLSTM class opens this checkpoint as well."
 
 
 def save_self_contained(
@@ -65,9 +76,15 @@ def save_self_contained(
 
 
 def default_card(model: PreTrainedModel, name: str) -> str:
+    return CARD.format(name=name, description=describe(model, name))
+
+
+def describe(model: PreTrainedModel, repo_id: str) -> str:
+    """What the model is and how to use it: the part of a card that follows from the model itself."""
     types = model.config.layers_block_type
-    layers = ", ".join(f"{types.count(kind)} {kind}" for kind in dict.fromkeys(types))
-    return CARD.format(name=name, parameters=model.num_parameters(), blocks=len(types), layers=layers)
+    layers = ", ".join(f"{types.count(kind)} {kind} blocks" for kind in dict.fromkeys(types))
+    text = DESCRIPTION.format(parameters=model.num_parameters(), layers=layers, repo_id=repo_id)
+    return text if model.config.layer_types else text + PURE
 
 
 def save_code(model: PreTrainedModel, directory: str | os.PathLike) -> None:

@@ -661,16 +661,42 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
         return padding_mask(attention_mask, *inputs_embeds.shape[:2])
 
 
+# The mixins take their backbone from AutoModel: where this file came with a checkpoint, that of Transformers. Hence
+# these classes skip the `__init__` of their mixin.
+
+
 class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreTrainedModel):
     base_model_prefix = "backbone"
+
+    def __init__(self, config: xLSTMConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = xLSTMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrainedModel):
     base_model_prefix = "backbone"
 
+    def __init__(self, config: xLSTMConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = xLSTMModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class xLSTMForQuestionAnswering(GenericForQuestionAnswering, xLSTMPreTrainedModel):
     base_model_prefix = "backbone"
+
+    def __init__(self, config: xLSTMConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.backbone = xLSTMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

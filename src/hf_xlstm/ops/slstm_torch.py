@@ -24,6 +24,8 @@ from .slstm_reference import SLSTMState, slstm_cell, zero_slstm_state
 
 # Steps whose backward coefficients are computed at once: enough to amortise the calls, few enough to stay in cache.
 TILE = 64
+# Of the operators: "hf_xlstm", but a copy of this file beside a checkpoint must not replace them, and has its own.
+NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
 
 
 class Schedule(NamedTuple):
@@ -73,7 +75,7 @@ def _stacked(recurrent_weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return recurrent_weight.to(dtype).transpose(0, 1).flatten(1, 2)
 
 
-@torch.library.custom_op("hf_xlstm::slstm_torch", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::slstm_torch", mutates_args=())
 def _forward(
     gates: torch.Tensor,
     recurrent_weight: torch.Tensor,
@@ -135,7 +137,7 @@ def _(gates, recurrent_weight, bias, h0, c0, n0, m0, mask, cu_seqlens):
     return gates.new_empty(B, T, H, D), *(torch.empty_like(s) for s in (h0, c0, n0, m0)), *saved
 
 
-@torch.library.custom_op("hf_xlstm::slstm_torch_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::slstm_torch_backward", mutates_args=())
 def _backward(
     dh: torch.Tensor,
     dh_final: torch.Tensor,
