@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpus import num_bytes
@@ -21,14 +22,19 @@ def bits_per_byte(
 
     Documents are read window by window and the cache carries the state over, so that the context is the whole
     document at the memory of one window. A text has other tokenisations too, hence this is an upper bound.
+    A tokenizer without BOS begins with EOS, which ends the document before.
     """
     was_training = model.training
     model.eval()
-    sequences = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in sorted(documents, key=len)]
+    eos = tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    texts = sorted(documents, key=len)
+    sequences = [[bos, *ids, eos] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     nats = 0.0
     for first in range(0, len(sequences), batch_size):
-        batch = tokenizer.pad({"input_ids": sequences[first : first + batch_size]}, return_tensors="pt")
-        ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+        batch = [torch.tensor(ids) for ids in sequences[first : first + batch_size]]
+        ids = pad_sequence(batch, batch_first=True, padding_value=eos).to(model.device)
+        mask = pad_sequence([torch.ones_like(x) for x in batch], batch_first=True).to(model.device)
         targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         cache = None
         for start in range(0, targets.shape[1], window):

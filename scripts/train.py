@@ -238,6 +238,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "evaluation.json").unlink(missing_ok=True)  # by evaluate.py, of the model that was here
     set_seed(args.seed)
 
     corpus = text_files(args.data, args.heldout) if args.data else state_of_the_union()

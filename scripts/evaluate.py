@@ -1,0 +1,104 @@
+"""Evaluates a causal language model: bits per byte of texts, and tasks of the lm-evaluation-harness.
+
+python scripts/evaluate.py runs/quickstart --texts book.txt --tasks my_task --include-path my_tasks
+
+Writes what it measures to evaluation.json in the model's directory, from where push_to_hub.py takes it into the card.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_xlstm  # noqa: F401  registers the model
+from corpus import num_bytes
+from evaluation import bits_per_byte
+from report import results_table
+
+
+def evaluate_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, files: list[Path], batch_size: int
+) -> list[dict]:
+    """One result for each file, which is one document."""
+    results = []
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        bits = bits_per_byte(model, tokenizer, [text], batch_size=batch_size)
+        results.append({"task": file.name, "metric": "bits_per_byte", "value": bits, "bytes": num_bytes([text])})
+    return results
+
+
+def evaluate_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
+    """One result for each task and metric, by the harness's `hf` backend."""
+    # tasks of the harness import Hugging Face's `evaluate`, which a file of this name beside it would hide
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.resolve()]
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    backend = HFLM(model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=args.max_length)
+    measured = simple_evaluate(
+        backend,
+        tasks=args.tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        task_manager=TaskManager(include_path=args.include_path),
+        log_samples=False,
+    )
+    results = []
+    for task, values in measured["results"].items():
+        for key, value in values.items():
+            metric, _, answer_filter = key.partition(",")
+            if not answer_filter or metric.endswith("_stderr"):
+                continue
+            result = {"task": task, "metric": metric, "value": value, "shots": measured["n-shot"].get(task, 0)}
+            stderr = values.get(f"{metric}_stderr,{answer_filter}")
+            if isinstance(stderr, float):  # else "N/A"
+                result["stderr"] = stderr
+            if answer_filter != "none":
+                result["filter"] = answer_filter
+            if args.limit is not None:
+                result["limit"] = args.limit
+            results.append(result)
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory written by train.py, or any checkpoint with its tokenizer")
+    parser.add_argument("--texts", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 texts")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON (evaluation.json in the directory of the model)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="texts or requests at once (%(default)s)")
+    tasks = parser.add_argument_group("lm-evaluation-harness (needs the packages of '.[eval]')")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="as `lm_eval ls tasks` lists them")
+    tasks.add_argument("--include-path", metavar="DIR", help="directory with task files of your own")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt (what the task says)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
+    tasks.add_argument("--max-length", type=int, default=2048, help="tokens of the longest request (%(default)s)")
+    args = parser.parse_args()
+    if not args.texts and not args.tasks:
+        parser.error("nothing to evaluate: give --texts or --tasks")
+    if args.output is None and not Path(args.model).is_dir():
+        parser.error("--output is needed for a model that is not a directory")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    output = args.output or Path(args.model, "evaluation.json")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto").eval()
+    results = evaluate_texts(model, tokenizer, args.texts, args.batch_size)
+    if args.tasks:
+        results += evaluate_tasks(model, tokenizer, args)
+
+    output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(results_table(results))
+
+
+if __name__ == "__main__":
+    main()
