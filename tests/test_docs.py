@@ -17,7 +17,7 @@ from transformers import set_seed
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["docs/generation.md", "docs/finetuning.md", "docs/packing.md", "docs/parallelism.md"]
+PAGES = [f"docs/{name}.md" for name in ("generation", "finetuning", "packing", "parallelism", "sharing")]
 TEXT = "My fellow Americans, tonight the state of our Union is strong. Mr. Speaker, Mr. Vice President, members:"
 
 
