@@ -92,11 +92,13 @@ def test_texts(directory, byte_tokenizer, tmp_path, monkeypatch):
 
 
 def write_task(folder: Path, name: str, rows: list[dict], **fields) -> None:
-    """A task on local data, in the harness's format; JSON is YAML."""
+    """A task on local data, in the harness's format, with a function that needs Hugging Face's `evaluate`."""
+    (folder / "helper.py").write_text("from evaluate import load\n\n\ndef same(documents):\n    return documents\n")
     data = folder / f"{name}.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-    (folder / f"{name}.yaml").write_text(json.dumps(task | {"test_split": "test"} | fields), encoding="utf-8")
+    text = json.dumps(task | {"test_split": "test"} | fields).removesuffix("}")  # JSON is YAML
+    (folder / f"{name}.yaml").write_text(f"{text}, process_docs: !function helper.same}}", encoding="utf-8")
 
 
 @pytest.mark.slow
