@@ -8,7 +8,6 @@ Shapes: B batch, T time, D model width, H heads, K query/key and V value head di
 
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
@@ -30,227 +28,26 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_xlstm import xLSTMCache, xLSTMCacheLayer
+from .cache_xlstm import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
-from .linear import decoding, joint_linear, linear_of
-from .ops import mlstm, mlstm_step, slstm, slstm_step
+from .layers_xlstm import (
+    xLSTMCausalConv,
+    xLSTMFeedForward,
+    xLSTMHeadwiseLinear,
+    xLSTMmLSTMLayer,
+    xLSTMMultiHeadNorm,
+    xLSTMRMSNorm,
+    xLSTMsLSTMLayer,
+)
+from .linear import decoding, joint_linear
 from .ops.mlstm_reference import gate_dtype
-from .ops.pointwise import cross_entropy, gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
+from .ops.pointwise import cross_entropy, soft_cap
 
 
 logger = logging.get_logger(__name__)
 
 # for peft's LoraConfig(target_modules=...): the large maps of every block, not the gates of the cells
 LORA_TARGET_MODULES = ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"]
-
-
-class xLSTMRMSNorm(nn.Module):
-    """RMS norm, computed in float32 and cast back before the weight is applied."""
-
-    def __init__(self, hidden_size: int, eps: float, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = rms_norm(x, self.weight, self.eps)
-        return x if self.bias is None else x + self.bias
-
-
-def local_slice(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """What tensor parallelism, which handles linear layers itself, leaves this process of another parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-class xLSTMMultiHeadNorm(nn.Module):
-    """Layer norm over each head, with one weight for all channels, and the output gate where there is one:
-    (B, T, H, V) to (B, T, H V)."""
-
-    def __init__(self, hidden_size: int, eps: float, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor, ogate: torch.Tensor | None = None) -> torch.Tensor:
-        weight, bias = local_slice(self.weight), local_slice(self.bias)
-        if ogate is not None and bias is None:
-            return gated_head_norm(x, ogate, weight, self.eps)
-        x = head_norm(x, self.eps) * weight
-        x = x if bias is None else x + bias
-        return x if ogate is None else torch.sigmoid(ogate) * x
-
-
-class xLSTMFeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: xLSTMConfig):
-        super().__init__()
-        self.proj_up_gate = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_up = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.use_bias)
-        self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.use_bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
-        return linear_of(swiglu, self.proj_down, gate, up)
-
-
-def run_cell(
-    sequence: Callable,
-    step: Callable,
-    inputs: tuple[torch.Tensor, ...],
-    cache: xLSTMCacheLayer | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> torch.Tensor:
-    """Runs a cell over the new tokens, inputs (B, T, ...), from the cached state and back into it."""
-    if cache is None:
-        return sequence(*inputs, mask=mask, cu_seqlens=cu_seqlens)[0]
-    state = cache.state
-    if state is not None and mask is None and inputs[0].shape[1] == 1:
-        inplace = not (torch.is_grad_enabled() or cache.record_past)
-        h, state = step(*(x.squeeze(1) for x in inputs), state, inplace=inplace)
-        h = h.unsqueeze(1)
-    else:
-        h, state = sequence(*inputs, initial_state=state, output_final_state=True, mask=mask, cu_seqlens=cu_seqlens)
-    cache.update(state if cu_seqlens is None else tuple(x[-1:] for x in state))
-    return h
-
-
-class xLSTMmLSTMLayer(nn.Module):
-    """The mLSTM with its projections, gates, head norm and output gate."""
-
-    def __init__(self, config: xLSTMConfig):
-        super().__init__()
-        self.gate_soft_cap = config.gate_soft_cap
-        self.qk_head_dim, self.v_head_dim = config.qk_head_dim, config.v_head_dim
-        options = {"eps": config.eps, "backend": config.backend}
-        self.sequence = partial(mlstm, chunk_size=config.chunk_size, **options)
-        self.step = partial(mlstm_step, **options)
-
-        hidden_size, bias = config.hidden_size, config.use_bias
-        self.q = nn.Linear(hidden_size, config.qk_dim, bias=bias)
-        self.k = nn.Linear(hidden_size, config.qk_dim, bias=bias)
-        self.v = nn.Linear(hidden_size, config.v_dim, bias=bias)
-        self.ogate_preact = nn.Linear(hidden_size, config.v_dim, bias=bias)
-        self.igate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
-        self.fgate_preact = nn.Linear(hidden_size, config.num_heads, bias=True)
-        self.multihead_norm = xLSTMMultiHeadNorm(config.v_dim, eps=config.norm_eps, bias=bias)
-        self.out_proj = nn.Linear(config.v_dim, hidden_size, bias=bias)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        cache: xLSTMCacheLayer | None = None,
-        mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        q, k, v, ogate, igate, fgate = joint_linear(
-            x, self.q, self.k, self.v, self.ogate_preact, self.igate_preact, self.fgate_preact
-        )
-        gates = gate_dtype(q.dtype)
-        inputs = (
-            q.unflatten(-1, (-1, self.qk_head_dim)),
-            k.unflatten(-1, (-1, self.qk_head_dim)),
-            v.unflatten(-1, (-1, self.v_head_dim)),
-            soft_cap(igate.to(gates), self.gate_soft_cap),
-            soft_cap(fgate.to(gates), self.gate_soft_cap),
-        )
-        h = run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens)
-        return joint_linear(self.multihead_norm(h, ogate), self.out_proj)[0]
-
-
-class xLSTMHeadwiseLinear(nn.Module):
-    """One linear map per head, without bias: (B, T, H, D) to (B, T, H, D)."""
-
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))  # (H, D_out, D_in)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("...hi,hoi->...ho", x, self.weight)
-
-
-class xLSTMCausalConv(nn.Conv1d):
-    """Depthwise causal convolution over time followed by SiLU, (B, T, D) to (B, T, D), inside packed documents and
-    over the unmasked tokens only."""
-
-    def __init__(self, hidden_size: int, kernel_size: int):
-        super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        cache: xLSTMCacheLayer | None = None,
-        mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        batch, length, past = *x.shape[:2], self.kernel_size[0] - 1
-        if mask is not None:  # unmasked tokens first
-            order = mask.logical_not().argsort(dim=1, stable=True)[..., None]
-            x = x.gather(1, order.expand_as(x))
-        state = None if cache is None else cache.conv_state
-        history = x.new_zeros(batch, past, x.shape[-1]) if state is None else state.to(x.dtype)
-        window = torch.cat([history, x], dim=1)
-        document = None
-        if cu_seqlens is not None:  # tap i of token t is token t + i - past, of the same document only
-            document = torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=x.device), right=True)
-            document = F.pad(document, (past, 0), value=-1)
-        out = 0 if self.bias is None else self.bias
-        for i in range(past + 1):
-            tap = window[:, i : i + length] * self.weight[:, 0, i]
-            if document is not None:
-                tap = tap * (document[i : i + length] == document[past:])[:, None]
-            out = out + tap
-        if cache is not None:
-            last = torch.full((batch,), length, device=x.device) if mask is None else mask.sum(1)
-            index = last[:, None] + torch.arange(past, device=x.device)
-            tail = window.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-            if document is not None:
-                tail = tail * (document[length:] == document[-1])[:, None]
-            cache.update_conv_state(tail)
-        if mask is not None:
-            out = torch.zeros_like(out).scatter(1, order.expand_as(out), out)
-        return F.silu(out)
-
-
-class xLSTMsLSTMLayer(nn.Module):
-    """The sLSTM with its gate maps, block-diagonal over heads, and head norm. The paper's layer has no output map."""
-
-    def __init__(self, config: xLSTMConfig):
-        super().__init__()
-        heads, head_dim = config.slstm_num_heads or config.num_heads, config.slstm_head_dim
-        self.head_dim = head_dim
-        self.backend = config.backend
-        kernel_size = config.slstm_conv_kernel_size
-        self.conv = xLSTMCausalConv(config.hidden_size, kernel_size) if kernel_size > 0 else None
-        self.igate = xLSTMHeadwiseLinear(heads, head_dim)
-        self.fgate = xLSTMHeadwiseLinear(heads, head_dim)
-        self.zgate = xLSTMHeadwiseLinear(heads, head_dim)
-        self.ogate = xLSTMHeadwiseLinear(heads, head_dim)
-        self.recurrent_weight = nn.Parameter(torch.empty(4, heads, head_dim, head_dim))  # gates i, f, z, o
-        self.bias = nn.Parameter(torch.empty(4, heads, head_dim))
-        self.multihead_norm = xLSTMMultiHeadNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        cache: xLSTMCacheLayer | None = None,
-        mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        gate_x = x if self.conv is None else self.conv(x, cache, mask, cu_seqlens)
-        x, gate_x = (y.unflatten(-1, (-1, self.head_dim)) for y in (x, gate_x))
-        gates = torch.stack([self.igate(gate_x), self.fgate(gate_x), self.zgate(x), self.ogate(x)], dim=2)
-
-        def sequence(gates: torch.Tensor, **kwargs):
-            return slstm(gates, self.recurrent_weight, self.bias, backend=self.backend, **kwargs)
-
-        def step(gates: torch.Tensor, state: tuple[torch.Tensor, ...], inplace: bool):
-            return slstm_step(gates, self.recurrent_weight, self.bias, state, inplace=inplace, backend=self.backend)
-
-        return self.multihead_norm(run_cell(sequence, step, (gates,), cache, mask, cu_seqlens))
 
 
 class xLSTMBlock(GradientCheckpointingLayer):
