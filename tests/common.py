@@ -3,6 +3,7 @@
 import torch
 
 from hf_xlstm import xLSTMCache, xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.configuration_xlstm import PAPER_FIELDS
 
 
 MLSTM, SLSTM, MIXED = ["mlstm"] * 2, ["slstm"] * 2, ["mlstm", "slstm"]
@@ -12,6 +13,7 @@ STACKS = {
     "slstm": {"layer_types": SLSTM},
     "mixed": {"layer_types": MIXED},
     "conv": {"layer_types": MIXED, "slstm_conv_kernel_size": 4, "slstm_recurrent_init": "uniform"},
+    "paper": PAPER_FIELDS | {"layer_types": MIXED},
 }
 VOCAB_SIZE = 61
 
@@ -39,8 +41,8 @@ def tiny_model(cls=xLSTMForCausalLM, seed: int = 0, **fields):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-            if name.endswith("igate_preact.bias"):
-                parameter += 10
+            if name.endswith("igate_preact.bias") and model.config.block_family == "large":
+                parameter += 10  # from -10; the paper's start at 0
     return model
 
 

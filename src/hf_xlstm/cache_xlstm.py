@@ -18,7 +18,8 @@ STATE_NAMES = {"mlstm": ("c", "n", "m"), "slstm": ("h", "c", "n", "m")}
 
 class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
     """State of one block: the tensors of its cell in `recurrent_states`, and the inputs that a causal convolution
-    still needs in `conv_states[0]` (B, k - 1, D). All have the batch first, so Transformers' batch operations apply.
+    still needs in `conv_states[0]` (B, k - 1, width). All have the batch first, so Transformers' batch operations
+    apply.
 
     The tensors are allocated by the first update and from then on written in place, at addresses that CUDA graphs may
     keep. Where autograd is recording they are replaced instead, since a backward pass may still need the old ones;
@@ -275,8 +276,9 @@ class xLSTMCache(Cache):
 
 def state_specs(config: xLSTMConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Type of every block and the numbers its state depends on: heads, head dims, taps of the convolution."""
+    mlstm_conv = (config.mlstm_conv_kernel_size,) if config.block_family == "paper" else ()
     shapes = {
-        "mlstm": (config.num_heads, config.qk_head_dim, config.v_head_dim),
+        "mlstm": (config.num_heads, config.qk_head_dim, config.v_head_dim, *mlstm_conv),
         "slstm": (config.slstm_num_heads or config.num_heads, config.slstm_head_dim, config.slstm_conv_kernel_size),
     }
     return [(layer_type, shapes[layer_type]) for layer_type in config.layers_block_type]

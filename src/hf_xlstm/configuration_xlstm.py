@@ -1,11 +1,32 @@
 """xLSTM configuration."""
 
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .layouts_xlstm import config_from_wrapper, config_from_yaml
+
 
 LAYER_TYPES = ("mlstm", "slstm")
+BLOCK_FAMILIES = ("large", "paper")
 BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+# what sets the paper's models apart from the defaults here
+PAPER_FIELDS = {
+    "block_family": "paper",
+    "norm_eps": 1e-5,
+    "gate_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "slstm_conv_kernel_size": 4,
+    "ffn_proj_factor": 1.3,
+}
+PAPER_ONLY = ("block_family", "mlstm_inner_dim", "mlstm_conv_kernel_size", "qkv_block_size", "dropout")
 
 
 @strict
@@ -28,6 +49,9 @@ class xLSTMConfig(PreTrainedConfig):
         layer_types (`list[str]`, *optional*):
             `"mlstm"` or `"slstm"` for each block. `None` means all mLSTM, and is what an all-mLSTM list becomes: the
             field appears in `config.json` only for models that Transformers' own class cannot represent.
+        block_family (`str`, *optional*, defaults to `"large"`):
+            The blocks of xLSTM-7B, or `"paper"` for those of the xLSTM paper and of the `xlstm` package, which differ
+            in other fields as well: `xLSTMConfig.paper` sets them all.
         slstm_num_heads (`int`, *optional*):
             Number of sLSTM heads, `num_heads` by default.
         slstm_conv_kernel_size (`int`, *optional*, defaults to 0):
@@ -43,7 +67,15 @@ class xLSTMConfig(PreTrainedConfig):
         eps (`float`, *optional*, defaults to 1e-6):
             Epsilon in the mLSTM's denominator.
         use_bias (`bool`, *optional*, defaults to `False`):
-            Biases in the linear layers and norms of the blocks (the mLSTM's gates always have one).
+            Biases in the linear layers and norms of the blocks (the mLSTM's gates always have one). In the paper's
+            blocks, in the linear layers around the mLSTM.
+        mlstm_inner_dim (`int`, *optional*):
+            Width I of the paper's mLSTM, `2 * hidden_size` rounded up to a multiple of 64 by default. `qk_dim_factor`
+            and `v_dim_factor` have no effect there.
+        mlstm_conv_kernel_size, qkv_block_size (`int`, *optional*, defaults to 4 and 4):
+            Taps of the convolution of the paper's mLSTM, and the size of the blocks of its query, key and value maps.
+        dropout (`float`, *optional*, defaults to 0.0):
+            In the paper's blocks, on the output of the mLSTM layer and on that of the sLSTM before its norm.
         add_out_norm (`bool`, *optional*, defaults to `True`):
             Norm after the last block.
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -136,26 +168,75 @@ class xLSTMConfig(PreTrainedConfig):
     slstm_num_heads: int | None = None
     slstm_conv_kernel_size: int = 0
     slstm_recurrent_init: str = "zeros"
+    block_family: str = "large"
+    mlstm_inner_dim: int | None = None
+    mlstm_conv_kernel_size: int = 4
+    qkv_block_size: int = 4
+    dropout: float | int = 0.0
     backend: str = "auto"
+
+    @classmethod
+    def paper(cls, **fields) -> "xLSTMConfig":
+        """The architecture of the xLSTM paper, with the defaults of the `xlstm` package for what is not given."""
+        return cls(**(PAPER_FIELDS | fields))
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Where there is no `config.json`, reads the `config.yaml` of models written with the `xlstm` package."""
+        get_config_dict = partial(super().get_config_dict, pretrained_model_name_or_path, **kwargs)
+        failure = None
+        try:
+            found = get_config_dict()
+            if found[0]:
+                return found
+        except OSError as error:
+            failure = error
+        try:
+            return get_config_dict(_configuration_file="config.yaml")
+        except OSError as error:
+            neither = OSError(f"{pretrained_model_name_or_path} has neither config.json nor config.yaml.")
+            raise failure or neither from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        if not str(json_file).endswith(".yaml"):
+            return super()._dict_from_json_file(json_file)
+        return config_from_yaml(yaml.safe_load(Path(json_file).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "xLSTMConfig":
+        if "_xlstm_config" in config_dict:
+            config_dict = config_from_wrapper(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         self._resolve_aliases(kwargs)
+        if self.block_family == "paper":
+            if self.mlstm_inner_dim is None:
+                self.mlstm_inner_dim = -(-2 * self.hidden_size // 64) * 64
+            if self.layer_types is None:
+                self.layer_types = ["mlstm"] * self.num_hidden_layers
+            self.base_model_tp_plan = {"embeddings": "embedding_rowwise"}  # the blocks are on every rank
         super().__post_init__(**kwargs)
         # here as well, since Transformers wraps what its validation catches into an error that is no ValueError
         self.validate_layer_type()
         self.validate_dimensions()
         self.validate_choices()
-        if self.use_bias:
+        if self.use_bias and self.block_family == "large":
             rule = {"blocks.*.mlstm_layer.multihead_norm.bias": "colwise"}
             self.base_model_tp_plan = self.base_model_tp_plan | rule
         if "mlstm" not in self.layers_block_type:  # rules for layers that do not exist are errors
             plan = self.base_model_tp_plan.items()
             self.base_model_tp_plan = {name: rule for name, rule in plan if ".mlstm_layer." not in name}
-        if self.layer_types is not None and set(self.layer_types) == {"mlstm"}:
+        # a list in the file keeps Transformers' own class away from models that are not its own
+        if self.block_family == "large" and self.layer_types is not None and set(self.layer_types) == {"mlstm"}:
             self.layer_types = None
 
     def to_dict(self) -> dict:
         output = super().to_dict()
+        if self.block_family == "large":
+            for name in PAPER_ONLY:
+                output.pop(name, None)
         if output.get("layer_types") is None:
             output.pop("layer_types", None)
         elif "num_hidden_layers" in output:
@@ -184,12 +265,12 @@ class xLSTMConfig(PreTrainedConfig):
     @property
     def qk_dim(self) -> int:
         """Query/key width H K of all mLSTM heads."""
-        return int(self.hidden_size * self.qk_dim_factor)
+        return self.mlstm_inner_dim if self.block_family == "paper" else int(self.hidden_size * self.qk_dim_factor)
 
     @property
     def v_dim(self) -> int:
         """Value width H V of all mLSTM heads."""
-        return int(self.hidden_size * self.v_dim_factor)
+        return self.mlstm_inner_dim if self.block_family == "paper" else int(self.hidden_size * self.v_dim_factor)
 
     @property
     def qk_head_dim(self) -> int:
@@ -205,9 +286,11 @@ class xLSTMConfig(PreTrainedConfig):
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward layer, rounded in floating point as other implementations do."""
-        multiple = self.ffn_round_up_to_multiple_of
-        return int((self.hidden_size * self.ffn_proj_factor + multiple - 1) // multiple * multiple)
+        """Width of the feed-forward layer, rounded in floating point as other implementations of each family do."""
+        width, multiple = self.hidden_size * self.ffn_proj_factor, self.ffn_round_up_to_multiple_of
+        if self.block_family == "paper":
+            return math.ceil(width / multiple) * multiple
+        return int((width + multiple - 1) // multiple * multiple)
 
     def validate_layer_type(self) -> None:
         """Blocks are of types that Transformers' own table does not have."""
@@ -236,6 +319,8 @@ class xLSTMConfig(PreTrainedConfig):
             "max_inference_chunksize",
             "qk_dim",
             "v_dim",
+            "mlstm_conv_kernel_size",
+            "qkv_block_size",
         )
         for name in positive:
             if not getattr(self, name) > 0:
@@ -245,7 +330,10 @@ class xLSTMConfig(PreTrainedConfig):
         if self.slstm_conv_kernel_size < 0:
             raise ValueError(f"`slstm_conv_kernel_size` must be 0 or more, got {self.slstm_conv_kernel_size}.")
         widths = []
-        if "mlstm" in self.layers_block_type:
+        if "mlstm" in self.layers_block_type and self.block_family == "paper":
+            widths += [("mlstm_inner_dim", self.mlstm_inner_dim, "num_heads", self.num_heads)]
+            widths += [("mlstm_inner_dim", self.mlstm_inner_dim, "qkv_block_size", self.qkv_block_size)]
+        elif "mlstm" in self.layers_block_type:
             names = ("hidden_size", "qk_dim", "v_dim")
             widths += [(name, getattr(self, name), "num_heads", self.num_heads) for name in names]
         if "slstm" in self.layers_block_type:
@@ -257,6 +345,7 @@ class xLSTMConfig(PreTrainedConfig):
 
     def validate_choices(self) -> None:
         choices = {
+            "block_family": BLOCK_FAMILIES,
             "backend": BACKENDS,
             "slstm_recurrent_init": ("zeros", "uniform"),
             "weight_mode": ("single", "fused"),
@@ -264,6 +353,15 @@ class xLSTMConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
+        if self.block_family == "paper" and self.gate_soft_cap is not None:
+            raise ValueError(
+                f"`gate_soft_cap` must be None in the paper's blocks, got {self.gate_soft_cap}: `xLSTMConfig.paper` "
+                "has the other defaults of that family as well."
+            )
+        if self.block_family == "large" and self.dropout:
+            raise ValueError(f'`dropout` needs `block_family="paper"`, got {self.dropout}.')
 
 
 __all__ = ["xLSTMConfig"]

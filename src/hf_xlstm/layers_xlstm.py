@@ -57,6 +57,25 @@ class xLSTMMultiHeadNorm(nn.Module):
         return x if ogate is None else torch.sigmoid(ogate) * x
 
 
+class xLSTMPaperLayerNorm(nn.Module):
+    """Layer norm with the factor 1 + weight and no bias."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], 1 + self.weight, eps=self.eps)
+
+
+class xLSTMPaperMultiHeadNorm(xLSTMPaperLayerNorm):
+    """The same over each head, with one weight for all channels: (B, T, H, V) to (B, T, H V)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * (1 + self.weight)
+
+
 class xLSTMFeedForward(nn.Module):
     """SwiGLU."""
 
@@ -69,6 +88,19 @@ class xLSTMFeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
         return linear_of(swiglu, self.proj_down, gate, up)
+
+
+class xLSTMPaperFeedForward(nn.Module):
+    """The paper's gated GELU; the activated half comes first in `proj_up`."""
+
+    def __init__(self, config: xLSTMConfig):
+        super().__init__()
+        self.proj_up = nn.Linear(config.hidden_size, 2 * config.ffn_dim, bias=False)
+        self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.proj_up(x).chunk(2, dim=-1)
+        return self.proj_down(F.gelu(gate) * up)
 
 
 def run_cell(
@@ -137,14 +169,16 @@ class xLSTMmLSTMLayer(nn.Module):
 
 
 class xLSTMHeadwiseLinear(nn.Module):
-    """One linear map per head, without bias: (B, T, H, D) to (B, T, H, D)."""
+    """One linear map per head: (B, T, H, D) to (B, T, H, D)."""
 
-    def __init__(self, num_heads: int, head_dim: int):
+    def __init__(self, num_heads: int, head_dim: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))  # (H, D_out, D_in)
+        self.bias = nn.Parameter(torch.empty(num_heads, head_dim)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("...hi,hoi->...ho", x, self.weight)
+        x = torch.einsum("...hi,hoi->...ho", x, self.weight)
+        return x if self.bias is None else x + self.bias
 
 
 class xLSTMCausalConv(nn.Conv1d):
@@ -190,8 +224,60 @@ class xLSTMCausalConv(nn.Conv1d):
         return F.silu(out)
 
 
+class xLSTMPapermLSTMLayer(nn.Module):
+    """The paper's mLSTM with projection before the cell (Beck et al. 2024, figure 11), in the inner width I:
+
+    u, g = W_up x;   a = silu(conv(u))
+    q, k = block-diagonal maps of a,   v = one of u;   gates = linear maps of [q; k; v]
+    y = W_out((norm(mlstm(q, k, v, gates)) + skip * a) * silu(g))
+    """
+
+    def __init__(self, config: xLSTMConfig):
+        super().__init__()
+        inner, heads, bias = config.mlstm_inner_dim, config.num_heads, config.use_bias
+        self.num_heads = heads
+        self.block_size = config.qkv_block_size
+        options = {"eps": config.eps, "backend": config.backend}
+        self.sequence = partial(mlstm, chunk_size=config.chunk_size, **options)
+        self.step = partial(mlstm_step, **options)
+
+        self.proj_up = nn.Linear(config.hidden_size, 2 * inner, bias=bias)
+        self.conv = xLSTMCausalConv(inner, config.mlstm_conv_kernel_size)
+        self.q_proj = xLSTMHeadwiseLinear(inner // self.block_size, self.block_size, bias=bias)
+        self.k_proj = xLSTMHeadwiseLinear(inner // self.block_size, self.block_size, bias=bias)
+        self.v_proj = xLSTMHeadwiseLinear(inner // self.block_size, self.block_size, bias=bias)
+        self.igate_preact = nn.Linear(3 * inner, heads, bias=True)
+        self.fgate_preact = nn.Linear(3 * inner, heads, bias=True)
+        self.multihead_norm = xLSTMPaperMultiHeadNorm(inner, eps=config.norm_eps)
+        self.learnable_skip = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: xLSTMCacheLayer | None = None,
+        mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        u, gate = self.proj_up(x).chunk(2, dim=-1)
+        conv = self.conv(u, cache, mask, cu_seqlens)
+        u_blocks, conv_blocks = (y.unflatten(-1, (-1, self.block_size)) for y in (u, conv))
+        qkv = [self.q_proj(conv_blocks), self.k_proj(conv_blocks), self.v_proj(u_blocks)]
+        qkv = [y.flatten(-2) for y in qkv]
+        gate_x = torch.cat(qkv, dim=-1)
+        inputs = (
+            *(y.unflatten(-1, (self.num_heads, -1)) for y in qkv),
+            self.igate_preact(gate_x),
+            self.fgate_preact(gate_x),
+        )
+        h = self.multihead_norm(run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens))
+        return self.dropout(self.out_proj(swiglu(gate, h + self.learnable_skip * conv)))
+
+
 class xLSTMsLSTMLayer(nn.Module):
-    """The sLSTM with its gate maps, block-diagonal over heads, and head norm. The paper's layer has no output map."""
+    """The sLSTM with its gate maps, block-diagonal over heads, and head norm, in blocks of both families. The paper's
+    layer has no output map either."""
 
     def __init__(self, config: xLSTMConfig):
         super().__init__()
@@ -206,7 +292,11 @@ class xLSTMsLSTMLayer(nn.Module):
         self.ogate = xLSTMHeadwiseLinear(heads, head_dim)
         self.recurrent_weight = nn.Parameter(torch.empty(4, heads, head_dim, head_dim))  # gates i, f, z, o
         self.bias = nn.Parameter(torch.empty(4, heads, head_dim))
-        self.multihead_norm = xLSTMMultiHeadNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.block_family == "paper":
+            self.multihead_norm = xLSTMPaperMultiHeadNorm(config.hidden_size, eps=config.norm_eps)
+        else:
+            self.multihead_norm = xLSTMMultiHeadNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
 
     def forward(
         self,
@@ -225,4 +315,4 @@ class xLSTMsLSTMLayer(nn.Module):
         def step(gates: torch.Tensor, state: tuple[torch.Tensor, ...], inplace: bool):
             return slstm_step(gates, self.recurrent_weight, self.bias, state, inplace=inplace, backend=self.backend)
 
-        return self.multihead_norm(run_cell(sequence, step, (gates,), cache, mask, cu_seqlens))
+        return self.multihead_norm(self.dropout(run_cell(sequence, step, (gates,), cache, mask, cu_seqlens)))

@@ -2,7 +2,8 @@
 
     x = x + cell(norm(x));   x = x + ffn(norm(x))
 
-The parameters of mLSTM blocks have the names of Transformers' own xLSTM and of NX-AI/xLSTM-7b.
+and, with `block_family="paper"`, the blocks of the xLSTM paper, where those of the mLSTM have no ffn. The parameters
+of the former's mLSTM blocks have the names of Transformers' own xLSTM and of NX-AI/xLSTM-7b.
 Shapes: B batch, T time, D model width, H heads, K query/key and V value head dim.
 """
 
@@ -12,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -36,9 +37,13 @@ from .layers_xlstm import (
     xLSTMHeadwiseLinear,
     xLSTMmLSTMLayer,
     xLSTMMultiHeadNorm,
+    xLSTMPaperFeedForward,
+    xLSTMPaperLayerNorm,
+    xLSTMPapermLSTMLayer,
     xLSTMRMSNorm,
     xLSTMsLSTMLayer,
 )
+from .layouts_xlstm import Layout, weights_from_theirs
 from .linear import decoding, joint_linear
 from .ops.mlstm_reference import gate_dtype
 from .ops.pointwise import cross_entropy, soft_cap
@@ -50,20 +55,30 @@ logger = logging.get_logger(__name__)
 LORA_TARGET_MODULES = ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"]
 
 
+def make_norm(config: xLSTMConfig, bias: bool = False) -> nn.Module:
+    """A norm of the residual stream."""
+    if config.block_family == "paper":
+        return xLSTMPaperLayerNorm(config.hidden_size, eps=config.norm_eps)
+    return xLSTMRMSNorm(config.hidden_size, eps=config.norm_eps, bias=bias)
+
+
 class xLSTMBlock(GradientCheckpointingLayer):
     def __init__(self, config: xLSTMConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.layer_type = config.layers_block_type[layer_idx]
-        norm = partial(xLSTMRMSNorm, config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
+        paper = config.block_family == "paper"
+        norm = partial(make_norm, config, bias=config.use_bias)
         if self.layer_type == "mlstm":
             self.norm_mlstm = norm()
-            self.mlstm_layer = xLSTMmLSTMLayer(config)
+            self.mlstm_layer = xLSTMPapermLSTMLayer(config) if paper else xLSTMmLSTMLayer(config)
         else:
             self.norm_slstm = norm()
             self.slstm_layer = xLSTMsLSTMLayer(config)
-        self.norm_ffn = norm()
-        self.ffn = xLSTMFeedForward(config)
+        self.ffn = None
+        if self.layer_type == "slstm" or not paper:
+            self.norm_ffn = norm()
+            self.ffn = xLSTMPaperFeedForward(config) if paper else xLSTMFeedForward(config)
 
     def forward(
         self,
@@ -80,27 +95,7 @@ class xLSTMBlock(GradientCheckpointingLayer):
         if cache is not None and cache.record_past:
             cache.record(layer, x, attention_mask)
         hidden_states = hidden_states + layer(x, cache=cache, mask=attention_mask, cu_seqlens=cu_seqlens)
-        return hidden_states + self.ffn(self.norm_ffn(hidden_states))
-
-
-def split_fused_weights(files: list[str], config: xLSTMConfig) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint with `weight_mode="fused"`, under the names of the separate ones."""
-    sizes = {
-        "qkv_opreact": ([config.qk_dim] * 2 + [config.v_dim] * 2, ["q", "k", "v", "ogate_preact"]),
-        "ifgate_preact": ([config.num_heads] * 2, ["igate_preact", "fgate_preact"]),
-        "proj_up_gate_z": ([config.ffn_dim] * 2, ["proj_up_gate", "proj_up"]),
-    }
-    weights = {}
-    for file in files:
-        for name, weight in load_file(file).items():
-            module, _, kind = name.rpartition(".")
-            parent, _, leaf = module.rpartition(".")
-            if leaf in sizes:
-                lengths, leaves = sizes[leaf]
-                weights |= {f"{parent}.{x}.{kind}": w for x, w in zip(leaves, weight.split(lengths), strict=True)}
-            else:
-                weights[name] = weight
-    return weights
+        return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
 
 
 class xLSTMPreTrainedModel(PreTrainedModel):
@@ -126,12 +121,13 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Splits fused weights, and refuses a checkpoint that does not fit: nothing starts at random unseen."""
-        if checkpoint_files and model.config.weight_mode == "fused":
-            state_dict = split_fused_weights(checkpoint_files, model.config)
-            model.config.weight_mode = "single"
+        """Converts the layouts of other implementations, and refuses a checkpoint that does not fit: nothing starts at
+        random unseen."""
         load = PreTrainedModel._load_pretrained_model
+        model.config.weight_mode = "single"
         try:
+            if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+                state_dict = model._weights_from_theirs(checkpoint_files)
             result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"The checkpoint cannot be read, a file is damaged or cut off: {error}.") from error
@@ -151,6 +147,21 @@ class xLSTMPreTrainedModel(PreTrainedModel):
                     raise ValueError(f"The checkpoint {problem} weights of {type(model).__name__}: {', '.join(body)}.")
         return result
 
+    def _weights_from_theirs(self, checkpoint_files: list[str]) -> dict[str, torch.Tensor] | None:
+        """The checkpoint under our names, or None if these are the names it has."""
+        names = []
+        for path in checkpoint_files:
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        if Layout.of(names) == Layout("hf_xlstm"):
+            return None
+        weights = {name: x for path in checkpoint_files for name, x in load_file(path).items()}
+        names = list(self.state_dict()) if hasattr(self, "backbone") else [f"backbone.{x}" for x in self.state_dict()]
+        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in weights}
+        if "lm_head.weight" in weights:  # also for a model without it, which drops it afterwards
+            names.add("lm_head.weight")
+        return weights_from_theirs(weights, names, self.config)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside Transformers it would pass over modules that hold no parameter themselves; ours initialise
         # those of their children, through functions that leave loaded parameters alone.
@@ -158,7 +169,8 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The initialisation xLSTM-7B was trained from; called for every module after its children."""
+        """The initialisation xLSTM-7B, or the paper's models, were trained from; called for every module after its
+        children."""
         config = self.config
         small = math.sqrt(2 / (5 * config.hidden_size))
         residual = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
@@ -172,8 +184,17 @@ class xLSTMPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, xLSTMFeedForward):
+        elif isinstance(module, xLSTMPaperLayerNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, (xLSTMFeedForward, xLSTMPaperFeedForward)):
             init.normal_(module.proj_down.weight, std=residual)
+        elif isinstance(module, xLSTMPapermLSTMLayer):
+            init.normal_(module.out_proj.weight, std=residual)
+            init.ones_(module.learnable_skip)
+            init.zeros_(module.igate_preact.weight)
+            init.normal_(module.igate_preact.bias, std=0.1)
+            init.zeros_(module.fgate_preact.weight)
+            init.copy_(module.fgate_preact.bias, torch.linspace(3.0, 6.0, config.num_heads))
         elif isinstance(module, xLSTMmLSTMLayer):
             init.normal_(module.out_proj.weight, std=residual)
             init.zeros_(module.ogate_preact.weight)
@@ -201,7 +222,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([xLSTMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
-        self.out_norm = xLSTMRMSNorm(config.hidden_size, eps=config.norm_eps) if config.add_out_norm else nn.Identity()
+        self.out_norm = make_norm(config) if config.add_out_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -446,6 +467,14 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
             masked = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
             self.backbone(masked, attention_mask=masked, past_key_values=cache)
             cache.advance(-1, self.device)
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        try:
+            super().adjust_generation_fn(*args, **kwargs)
+        except (OSError, TypeError):
+            # Of a checkpoint with `config.yaml` Transformers finds neither generation_config.json nor config.json; the
+            # model already has what follows from its configuration.
+            logger.info("There is no generation configuration.")
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
