@@ -58,6 +58,8 @@ class xLSTMConfig(PreTrainedConfig):
             Taps of the causal convolution in front of the sLSTM's input and forget gate, 0 for none.
         slstm_recurrent_init (`str`, *optional*, defaults to `"zeros"`):
             Initialisation of the sLSTM's recurrent weights: `"zeros"`, or `"uniform"` in ±1/√D.
+        slstm_norm_eps (`float`, *optional*):
+            Epsilon of the norm over the sLSTM's heads, `norm_eps` by default. TiRex has another one than elsewhere.
         ffn_proj_factor, ffn_round_up_to_multiple_of (*optional*, defaults to 2.667 and 64):
             Width of the feed-forward layer, as a factor of `hidden_size`, rounded up.
         gate_soft_cap, output_logit_soft_cap (`float`, *optional*, defaults to 15.0 and 30.0):
@@ -168,6 +170,7 @@ class xLSTMConfig(PreTrainedConfig):
     slstm_num_heads: int | None = None
     slstm_conv_kernel_size: int = 0
     slstm_recurrent_init: str = "zeros"
+    slstm_norm_eps: float | None = None
     block_family: str = "large"
     mlstm_inner_dim: int | None = None
     mlstm_conv_kernel_size: int = 4

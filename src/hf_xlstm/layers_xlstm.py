@@ -296,7 +296,8 @@ class xLSTMsLSTMLayer(nn.Module):
         if config.block_family == "paper":
             self.multihead_norm = xLSTMPaperMultiHeadNorm(config.hidden_size, eps=config.norm_eps)
         else:
-            self.multihead_norm = xLSTMMultiHeadNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
+            eps = config.norm_eps if config.slstm_norm_eps is None else config.slstm_norm_eps
+            self.multihead_norm = xLSTMMultiHeadNorm(config.hidden_size, eps=eps, bias=config.use_bias)
 
     def forward(
         self,

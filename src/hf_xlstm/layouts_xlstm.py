@@ -194,8 +194,9 @@ def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
         raise ValueError(f"The checkpoint {' and '.join(problems)}.")
 
 
-def apply(function: Callable[..., Tensors], names: tuple[str, ...], tensors: list[torch.Tensor]) -> Tensors:
+def apply(function: Callable[..., Tensors], names: tuple[str, ...], tensors: Iterable[torch.Tensor]) -> Tensors:
     """`function` of a rule; raises ValueError naming the tensors if it is not made for their shapes."""
+    tensors = list(tensors)
     try:
         return function(*tensors)
     except (RuntimeError, ValueError) as error:
@@ -225,6 +226,15 @@ def weights_from_theirs(weights: dict[str, torch.Tensor], names: Iterable[str], 
     for rule in rules:
         tensors = apply(rule.to_ours, rule.theirs, [weights[name] for name in rule.theirs])
         converted |= zip(rule.ours, (x.contiguous() for x in tensors), strict=True)
+    return converted
+
+
+def weights_to_theirs(weights: dict[str, torch.Tensor], layout: Layout, config) -> dict[str, torch.Tensor]:
+    """Parameters of an `xLSTMForCausalLM`, or some of them, in another layout."""
+    converted = {}
+    for rule in layout.rules(weights, config):
+        tensors = apply(rule.to_theirs, rule.ours, [weights[name] for name in rule.ours])
+        converted |= zip(rule.theirs, (x.contiguous() for x in tensors), strict=True)
     return converted
 
 
@@ -382,6 +392,13 @@ def config_from_wrapper(config: dict[str, Any]) -> dict[str, Any]:
     fields = config_from_xlstm({"tie_weights": True, "vocab_size": config.get("vocab_size")} | config["_xlstm_config"])
     names = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
     return fields | {name: config[name] for name in names if config.get(name) is not None}
+
+
+def config_to_wrapper(config, slstm_backend: str = "vanilla") -> dict[str, Any]:
+    """A `config.json` for the `xlstm` package wrapped into a Transformers model."""
+    names = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    fields = {"model_type": "xlstm", "embedding_dim": config.hidden_size} | {x: getattr(config, x) for x in names}
+    return fields | {"_xlstm_config": config_to_xlstm(config, slstm_backend)}
 
 
 def ffn_fields(hidden_size: int, width: int, block_family: str) -> dict[str, float | int]:

@@ -1,0 +1,380 @@
+"""Checkpoints of other implementations into the form they have here, and back (`layouts_xlstm.py`).
+
+A checkpoint is converted tensor by tensor, in the memory of its largest one. It appears under its name when it is
+complete and has been compared with what it was made from, or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from .cache_xlstm import xLSTMCache
+from .configuration_xlstm import xLSTMConfig
+from .hub import save_code
+from .layouts_xlstm import (
+    Layout,
+    apply,
+    check_names,
+    config_to_large,
+    config_to_wrapper,
+    config_to_xlstm,
+    drop_tied_head,
+    ffn_fields,
+)
+from .modeling_xlstm import xLSTMForCausalLM
+
+
+FORMATS = ("hf_xlstm", "xlstm_large", "xlstm", "xlstm_wrapper")
+INDEX = "model.safetensors.index.json"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# what else belongs to a model, and is copied
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote."""
+
+    files: list[str]
+    tensors: int
+    nbytes: int
+    verified: bool
+
+    def __str__(self) -> str:
+        compared = "equal to" if self.verified else "not compared with"
+        return f"{self.tensors} tensors, {self.nbytes:,} bytes, {len(self.files)} file(s), {compared} the source"
+
+
+class TensorFiles:
+    """The tensors of a checkpoint, read one at a time: from safetensors files, or else from a pickle that may hold
+    nothing but tensors."""
+
+    def __init__(self, directory: str | os.PathLike):
+        directory = Path(directory)
+        self.paths: dict[str, Path] = {}
+        self.pickle: dict[str, torch.Tensor] | None = None
+        for path in sorted(directory.glob("*.safetensors")):
+            with _open(path) as file:
+                names = file.keys()
+            for name in names:
+                if name in self.paths:
+                    raise ValueError(f"{name} is both in {self.paths[name].name} and in {path.name}.")
+                self.paths[name] = path
+        if not self.paths:
+            pickles = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
+            if len(pickles) != 1:
+                raise FileNotFoundError(f"{directory} has neither safetensors files nor a single .bin, .pt or .pth.")
+            self.pickle = torch.load(pickles[0], map_location="cpu", mmap=True, weights_only=True)
+            self.paths = dict.fromkeys(self.pickle, pickles[0])
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.pickle is not None:
+            return self.pickle[name]
+        with _open(self.paths[name]) as file:  # anew, so that the pages of other tensors do not stay in memory
+            return file.get_tensor(name)
+
+    def read_meta(self, name: str) -> torch.Tensor:
+        """Shape and dtype only."""
+        return self.read(name).to("meta")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tensors to write, as a function of tensors to read."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    function: Callable[..., tuple[torch.Tensor, ...]]
+
+    def run(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.outputs, apply(self.function, self.inputs, map(read, self.inputs)), strict=True))
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str = "hf_xlstm",
+    *,
+    fused: bool = False,
+    slstm_backend: str = "vanilla",
+    max_shard_size: int = 5 * 10**9,
+    verify: bool = True,
+) -> Report:
+    """Converts the checkpoint in the directory `source`, of any layout, to the format of this package, or one in the
+    format of this package to another.
+
+    Args:
+        target: a directory that does not exist yet, or an empty one. Until the conversion is complete there is only
+            `<target>.partial`, which is removed if it fails, and replaced by the next run if the process was killed.
+        to: `"hf_xlstm"`, `"xlstm_large"` or `"xlstm"` (safetensors and `config.yaml`), or `"xlstm_wrapper"` (`xlstm`
+            inside a Transformers model with remote code, which is not written).
+        fused: write the weights of `xlstm_large` joined, as its `weight_mode="fused"` has them.
+        slstm_backend: `"vanilla"` or `"cuda"`, of the `xlstm` package, which arrange sLSTM weights differently.
+        max_shard_size: bytes per file of `hf_xlstm` and `xlstm_large`. The others have one file.
+        verify: read what was written and compare it with the source, bit by bit.
+
+    Raises:
+        ValueError: tensors are missing, unknown or misshapen (the message names them), a file is damaged, or the
+            target format has no such model.
+        OSError: the target exists, the source has no weights, or the disk is full.
+    """
+    source, target = Path(source), Path(target)
+    if to not in FORMATS:
+        raise ValueError(f"`to` must be one of {', '.join(FORMATS)}, got {to!r}.")
+    files, config = TensorFiles(source), xLSTMConfig.from_pretrained(source)
+    if to == "hf_xlstm":
+        steps = steps_to_ours(files, config)
+    else:
+        prefix = "model." if to == "xlstm_wrapper" else ""
+        layout = Layout(to.removesuffix("_wrapper"), prefix=prefix, fused=fused, slstm_backend=slstm_backend)
+        steps = steps_to_theirs(files, config, layout)
+    outputs = {name: x for step in steps for name, x in step.run(files.read_meta).items()}
+    nbytes = sum(x.nbytes for x in outputs.values())
+    shards = split_into_shards(steps, outputs, max_shard_size if to in ("hf_xlstm", "xlstm_large") else nbytes)
+    names = shard_names(len(shards), to)
+
+    with appearing(target, nbytes) as partial:
+        write_configuration(partial, config, outputs, to, fused, slstm_backend)
+        for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+            shutil.copyfile(path, partial / path.name)
+        with tqdm(total=nbytes * (1 + verify), unit="B", unit_scale=True, desc="Converting") as progress:
+            for name, shard in zip(names, shards):
+                header = {output: outputs[output] for step in shard for output in step.outputs}
+                tensors = (x for step in shard for x in step.run(files.read).values())
+                write_safetensors(partial / name, header, tensors, progress.update)
+            if to == "hf_xlstm" and len(shards) > 1:
+                weight_map = {x: name for name, shard in zip(names, shards) for step in shard for x in step.outputs}
+                index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+                (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            if verify:
+                progress.set_description("Comparing")
+                compare(steps, files, TensorFiles(partial), progress.update)
+    return Report(names, len(outputs), nbytes, verify)
+
+
+def steps_to_ours(files: TensorFiles, config: xLSTMConfig) -> list[Step]:
+    """Also fits `config` to the tensors: the width of the feed-forward layers, which others round differently."""
+    layout = Layout.of(files.paths)
+    config.weight_mode = "single"
+    for block in range(config.num_hidden_layers):
+        name = layout.their_name(f"backbone.blocks.{block}.ffn.proj_down.weight")
+        if name in files.paths:
+            width = files.read_meta(name).shape[-1]
+            if width != config.ffn_dim:
+                for field, value in ffn_fields(config.hidden_size, width, config.block_family).items():
+                    setattr(config, field, value)
+            break
+    shapes, names = our_shapes(config), files.paths.keys()
+    if config.tie_word_embeddings:
+        names = drop_tied_head(names, files.read, layout)
+    rules = layout.rules(shapes, config)
+    check_names([name for rule in rules for name in rule.theirs], names)
+    steps = [Step(rule.theirs, rule.ours, rule.to_ours) for rule in rules]
+    for step in steps:
+        check_shapes(step.run(files.read_meta), shapes, step.inputs)
+    return steps
+
+
+def steps_to_theirs(files: TensorFiles, config: xLSTMConfig, layout: Layout) -> list[Step]:
+    found = Layout.of(files.paths)
+    if found != Layout("hf_xlstm"):
+        raise ValueError(f"The source has the layout `{found.name}`: convert it to `hf_xlstm` first.")
+    shapes = our_shapes(config)
+    names = files.paths.keys()
+    if config.tie_word_embeddings:
+        names = drop_tied_head(names, files.read, found)
+    check_names(shapes, names)
+    check_shapes({name: files.read_meta(name) for name in shapes}, shapes)
+    steps = [Step(rule.ours, rule.theirs, rule.to_theirs) for rule in layout.rules(shapes, config)]
+    if config.tie_word_embeddings and not layout.prefix:  # the package's `load_state_dict` wants it twice
+        steps.append(Step(("backbone.embeddings.weight",), ("lm_head.weight",), lambda x: (x,)))
+    return steps
+
+
+def our_shapes(config: xLSTMConfig) -> dict[str, torch.Size]:
+    """Of all parameters of an `xLSTMForCausalLM`, without the head if it is tied."""
+    with torch.device("meta"):
+        model = xLSTMForCausalLM(config)
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def check_shapes(
+    tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size], made_from: Iterable[str] = ()
+) -> None:
+    """Raises ValueError naming the tensors that do not have their shapes."""
+    wrong = [
+        f"{name} {tuple(x.shape)} instead of {tuple(shapes[name])}"
+        for name, x in tensors.items()
+        if x.shape != shapes[name]
+    ]
+    if wrong:
+        origin = f" (from {', '.join(made_from)})" if made_from else ""
+        raise ValueError(f"The checkpoint has misshapen weights: {', '.join(wrong)}{origin}.")
+
+
+def split_into_shards(steps: list[Step], outputs: dict[str, torch.Tensor], max_shard_size: int) -> list[list[Step]]:
+    shards, free = [[]], max_shard_size
+    for step in steps:
+        nbytes = sum(outputs[name].nbytes for name in step.outputs)
+        if nbytes > free and shards[-1]:
+            shards.append([])
+            free = max_shard_size
+        shards[-1].append(step)
+        free -= nbytes
+    return shards
+
+
+def shard_names(number: int, to: str) -> list[str]:
+    if number == 1:
+        return ["model.safetensors"]
+    if to == "xlstm_large":
+        return [f"model_{n}.safetensors" for n in range(number)]
+    return [f"model-{n + 1:05d}-of-{number:05d}.safetensors" for n in range(number)]
+
+
+@contextmanager
+def appearing(target: Path, nbytes: int) -> Iterator[Path]:
+    """A directory to fill, which gets its name at the end, or disappears after a failure."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes:
+        raise OSError(f"{target} needs {nbytes:,} bytes, and the disk has {free:,} left.")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_safetensors(
+    path: Path,
+    header: dict[str, torch.Tensor],
+    tensors: Iterable[torch.Tensor],
+    progress: Callable[[int], object],
+) -> None:
+    """The library's own writer wants all tensors of a file at once; this one takes one at a time, in the order of
+    `header`, which has their shapes and dtypes."""
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in header.items():
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+        start, end = end, end + x.nbytes
+        entries[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for x in tensors:
+            file.write(_bytes(x).numpy())
+            progress(x.nbytes)
+        file.flush()
+        os.fsync(file.fileno())  # a name must not survive a crash that the contents did not
+
+
+def compare(steps: list[Step], files: TensorFiles, written: TensorFiles, progress: Callable[[int], object]) -> None:
+    """Raises OSError unless what is written is what follows from the source."""
+    for step in steps:
+        for name, expected in step.run(files.read).items():
+            actual = written.read(name)
+            if actual.shape != expected.shape or not torch.equal(_bytes(actual), _bytes(expected)):
+                raise OSError(f"{name} was not written as it should be.")
+            progress(expected.nbytes)
+
+
+def write_configuration(
+    directory: Path,
+    config: xLSTMConfig,
+    outputs: dict[str, torch.Tensor],
+    to: str,
+    fused: bool,
+    slstm_backend: str,
+) -> None:
+    if to == "hf_xlstm":
+        with torch.device("meta"):
+            model = xLSTMForCausalLM(config)
+        config.architectures = [type(model).__name__]
+        config.dtype = outputs["backbone.embeddings.weight"].dtype
+        save_code(model, directory)
+        config.save_pretrained(directory)
+        model.generation_config.save_pretrained(directory)
+        return
+    if to == "xlstm_wrapper":
+        fields = config_to_wrapper(config, slstm_backend)
+        (directory / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        return
+    if to == "xlstm_large":
+        fields = config_to_large(config, "fused" if fused else "single")
+    else:
+        fields = config_to_xlstm(config, slstm_backend)
+    (directory / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+
+
+# ---- states
+
+
+def cache_from_xlstm(state: dict[str, dict], config: xLSTMConfig, seen_tokens: int) -> xLSTMCache:
+    """The state that `xLSTMLMModel.step` returned after `seen_tokens` tokens.
+
+    The package has the factor K ** -0.5 on k, and so in c and n; here it is on q. Its convolutions keep k inputs, of
+    which the last k - 1 matter. Its c, n, m are (B, H, K, V), (B, H, K, 1), (B, H, 1, 1), and its sLSTM states one
+    tensor (4, B, D).
+    """
+    cache = xLSTMCache(config)
+    for index, layer in enumerate(cache.layers):
+        theirs = state[f"block_{index}"]
+        if theirs.get("conv_state"):
+            layer.update_conv_state(theirs["conv_state"][0][:, 1:])
+        if layer.layer_type == "mlstm":
+            c, n, m = theirs["mlstm_state"]
+            scale = c.shape[2] ** 0.5
+            layer.update((c * scale, n.squeeze(-1) * scale, m.flatten(1)))
+        else:
+            layer.update(tuple(x.unflatten(-1, (-1, config.slstm_head_dim)) for x in theirs["slstm_state"]))
+        device = layer.device
+    cache.advance(seen_tokens, device)
+    return cache
+
+
+def cache_to_xlstm(cache: xLSTMCache, config: xLSTMConfig) -> dict[str, dict]:
+    """The state for `xLSTMLMModel.step` to go on from."""
+    state = {}
+    for index, layer in enumerate(cache.layers):
+        theirs = state[f"block_{index}"] = {}
+        if layer.conv_state is not None:  # the oldest input leaves with the next step
+            theirs["conv_state"] = (torch.nn.functional.pad(layer.conv_state, (0, 0, 1, 0)),)
+        if layer.layer_type == "mlstm":
+            c, n, m = layer.state
+            scale = config.qk_head_dim**-0.5
+            theirs["mlstm_state"] = (c * scale, n[..., None] * scale, m[..., None, None])
+        else:
+            theirs["slstm_state"] = torch.stack([x.flatten(1) for x in layer.state])
+    return state
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or cut off: {error}.") from error
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
