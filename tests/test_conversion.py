@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from paper_reference import logits_and_states, parameter_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_xlstm import conversion, xLSTMCache, xLSTMForCausalLM, xLSTMModel
-from hf_xlstm.conversion import convert_checkpoint
-from hf_xlstm.layouts_xlstm import Layout, weights_from_theirs, weights_to_theirs
+from hf_xlstm import conversion, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel
+from hf_xlstm.conversion import convert_checkpoint, our_shapes
+from hf_xlstm.layouts_xlstm import Layout, config_to_large, weights_from_theirs, weights_to_theirs
 
 
 # in the terms of the reference
@@ -101,7 +102,7 @@ def write_package(directory, variant: str, weights: dict[str, torch.Tensor] | No
     return directory
 
 
-def large(directory, fused: bool = False, width: int = 64, **fields):
+def large(directory, fused: bool = False, **fields):
     """A model of ours, and the same as `xLSTMLarge` writes it."""
     model = tiny_model(**fields)
     weights = dict(model.state_dict())
@@ -255,9 +256,7 @@ def test_backbone_of_a_language_model(kind, tmp_path):
     model.generate(tokens(1, 3), max_new_tokens=3, do_sample=False)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"use_bias": True}, {"add_out_norm": False}, {"ffn_proj_factor": 3.3}], ids=str
-)
+@pytest.mark.parametrize("fields", [{}, {"use_bias": True, "add_out_norm": False}, {"ffn_proj_factor": 3.3}], ids=str)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("max_shard_size", [10**9, 5000])
 def test_large_round_trip(fused, fields, max_shard_size, tmp_path):
@@ -498,3 +497,66 @@ def test_killed_half_way(tmp_path):
     convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.block_family == "paper"
+
+
+# ---- large checkpoints on small machines
+
+MEASURED = """
+import json, sys, torch
+from pathlib import Path
+from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm.conversion import convert_checkpoint
+
+def peak():  # bytes, file pages in use included
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before = peak()
+if sys.argv[1] == "convert":
+    convert_checkpoint("theirs", "ours", max_shard_size=4 * 10**8)
+else:
+    options = {}
+    if sys.argv[1] == "offload":
+        blocks = {f"backbone.blocks.{index}": "disk" for index in range(8)}
+        rest = dict.fromkeys(["backbone.embeddings", "backbone.out_norm", "lm_head"], "cpu")
+        options = {"device_map": blocks | rest, "offload_folder": "offload"}
+    model = xLSTMForCausalLM.from_pretrained("ours", **options)
+    assert model.dtype == torch.bfloat16
+    ids = model.generate(torch.arange(3, 8)[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    print(json.dumps(ids[0].tolist()), file=sys.stderr)
+    Path(f"{sys.argv[1]}.json").write_text(json.dumps(ids[0].tolist()))
+print(json.dumps([before, peak()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+def test_peak_memory(tmp_path):
+    """The shape of xLSTM-7B, half as wide and a quarter as deep, in bfloat16: 1.2 GB."""
+    config = xLSTMConfig(hidden_size=2048, num_hidden_layers=8, num_heads=8)
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in our_shapes(config).items()
+    }
+    tensors["embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    size, largest = (f(x.nbytes for x in tensors.values()) for f in (sum, max))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text(yaml.safe_dump(config_to_large(config)))
+    pattern = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = (pattern.repeat(-(-x.numel() // 2**20))[: x.numel()].view(x.shape) for x in tensors.values())
+    conversion.write_safetensors(tmp_path / "theirs/model.safetensors", tensors, values, lambda nbytes: None)
+
+    def measure(what: str) -> tuple[int, int]:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", MEASURED, what]
+        return json.loads(
+            subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True).stdout
+        )
+
+    before, peak = measure("convert")
+    assert peak - before < 2.5 * largest  # what is written, and the same read again
+    shutil.rmtree(tmp_path / "theirs")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
+    assert measure("load")[1] < 1.3 * size
+    before, peak = measure("offload")
+    assert peak < 0.9 * size  # 0.4 GB of them Python's and torch's own
+    assert (tmp_path / "offload.json").read_text() == (tmp_path / "load.json").read_text()

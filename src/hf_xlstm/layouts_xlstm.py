@@ -382,6 +382,8 @@ def config_from_large(config: dict[str, Any]) -> dict[str, Any]:
 def config_to_large(config, weight_mode: str = "single") -> dict[str, Any]:
     """The fields of `xLSTMLargeConfig` from our configuration. Raises ValueError if it does not have such a model."""
     _require(config, {"block_family": "large", "layer_types": None, "tie_word_embeddings": False}, "xlstm_large")
+    if config.use_bias:  # its last norm has one too, then
+        _require(config, {"add_out_norm": False}, "xlstm_large")
     sizes = {"embedding_dim": config.hidden_size, "num_blocks": config.num_hidden_layers}
     return sizes | {name: getattr(config, name) for name in LARGE_FIELDS} | {"weight_mode": weight_mode}
 
