@@ -17,6 +17,7 @@ from paper_reference import logits_and_states, parameter_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from convert_checkpoint import main as convert_checkpoint_script
 from hf_xlstm import conversion, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel
 from hf_xlstm.conversion import convert_checkpoint, our_shapes
 from hf_xlstm.layouts_xlstm import Layout, config_to_large, weights_from_theirs, weights_to_theirs
@@ -149,7 +150,7 @@ def test_logits_gradients_and_states(variant, kind, tmp_path):
     expected, states = logits_and_states(parameters, config, ids)
     cache = xLSTMCache(model.config)
     actual = model(ids, past_key_values=cache).logits
-    assert relative_error(actual, expected) < 1e-6  # logits are float32
+    assert relative_error(actual, expected) < 1e-10
 
     direction = torch.randn_like(expected)
     grads = dict(zip(parameters, torch.autograd.grad((expected * direction).sum(), parameters.values())))
@@ -159,21 +160,21 @@ def test_logits_gradients_and_states(variant, kind, tmp_path):
     for rule in theirs.rules(ours, model.config):
         if rule.theirs:
             for name, x in zip(rule.ours, rule.to_ours(*(grads[name] for name in rule.theirs)), strict=True):
-                assert (ours[name] - x).norm() < 1e-5 * x.norm() + 1e-8, name
+                assert (ours[name] - x).norm() < 1e-9 * x.norm() + 1e-10, name
 
     for layer, state in zip(cache.layers, states, strict=True):
         x = layer.tensors()
         scale = torch.exp(x["m"])
         c, n = (x["c"], x["n"]) if layer.layer_type == "slstm" else (x["c"] * scale[..., None, None], x["n"])
         if layer.layer_type == "mlstm":
-            assert relative_error(c, state["c"]) < 1e-6
-            assert relative_error(n * scale[..., None], state["n"]) < 1e-6
+            assert relative_error(c, state["c"]) < 1e-10
+            assert relative_error(n * scale[..., None], state["n"]) < 1e-10
         else:
-            assert relative_error(c * scale, state["c"].view_as(c)) < 1e-6
-            assert relative_error(n * scale, state["n"].view_as(n)) < 1e-6
-            assert relative_error(x["h"], state["h"].view_as(c)) < 1e-6
+            assert relative_error(c * scale, state["c"].view_as(c)) < 1e-10
+            assert relative_error(n * scale, state["n"].view_as(n)) < 1e-10
+            assert relative_error(x["h"], state["h"].view_as(c)) < 1e-10
         if "conv" in state:
-            assert relative_error(x["conv"], state["conv"]) < 1e-6
+            assert relative_error(x["conv"], state["conv"]) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -329,6 +330,17 @@ def test_tirex_layers():
     again = weights_from_theirs(theirs, names, model.config)
     for name, x in ours.items():
         torch.testing.assert_close(again[name], x, rtol=0, atol=1e-6 if "multihead_norm" in name else 0)
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    write_package(tmp_path / "theirs", "mixed")
+    for source, target, *options in (("theirs", "ours"), ("ours", "back", "--to", "xlstm", "--slstm-backend", "cuda")):
+        arguments = ["convert_checkpoint.py", str(tmp_path / source), str(tmp_path / target), *options]
+        monkeypatch.setattr("sys.argv", arguments)
+        convert_checkpoint_script()
+        assert "equal to the source" in capsys.readouterr().out
+    expected = as_cuda_backend(package_weights("mixed"), 4)
+    assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
 
 
 # ---- what goes wrong
@@ -522,9 +534,11 @@ else:
         options = {"device_map": blocks | rest, "offload_folder": "offload"}
     model = xLSTMForCausalLM.from_pretrained("ours", **options)
     assert model.dtype == torch.bfloat16
-    ids = model.generate(torch.arange(3, 8)[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
-    print(json.dumps(ids[0].tolist()), file=sys.stderr)
-    Path(f"{sys.argv[1]}.json").write_text(json.dumps(ids[0].tolist()))
+    ids = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{sys.argv[1]}.pt")
+    if options:
+        assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 8)
 print(json.dumps([before, peak()]))
 """
 
@@ -556,7 +570,7 @@ def test_peak_memory(tmp_path):
     assert peak - before < 2.5 * largest  # what is written, and the same read again
     shutil.rmtree(tmp_path / "theirs")
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
-    assert measure("load")[1] < 1.3 * size
+    assert measure("load")[1] < 1.3 * size  # 0.4 GB of them Python's and torch's own
     before, peak = measure("offload")
-    assert peak < 0.9 * size  # 0.4 GB of them Python's and torch's own
-    assert (tmp_path / "offload.json").read_text() == (tmp_path / "load.json").read_text()
+    assert peak - before < 0.6 * size  # embedding and head are a third of it
+    torch.testing.assert_close(*(torch.load(tmp_path / f"{what}.pt") for what in ("offload", "load")))

@@ -17,7 +17,9 @@ from transformers import set_seed
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [f"docs/{name}.md" for name in ("generation", "finetuning", "packing", "parallelism", "sharing")]
+PAGES = [
+    f"docs/{name}.md" for name in ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sharing")
+]
 TEXT = "My fellow Americans, tonight the state of our Union is strong. Mr. Speaker, Mr. Vice President, members:"
 
 

@@ -98,9 +98,7 @@ class Layout:
         """The layout of a checkpoint with tensors of these names."""
         names = list(names)
         if any(".slstm_layer.slstm_cell." in name for name in names):
-            return cls(
-                "tirex", prefix="block_stack." if any(name.startswith("block_stack.") for name in names) else ""
-            )
+            return cls("tirex", "block_stack." if any(name.startswith("block_stack.") for name in names) else "")
         if any("xlstm_block_stack." in name for name in names):
             prefix = "model." if any(name.startswith("model.") for name in names) else ""
             group_norm_weight = any(name.endswith(".group_norm.weight") for name in names)
@@ -208,7 +206,7 @@ def drop_tied_head(names: Iterable[str], read: Callable[[str], torch.Tensor], la
     """Their names without the head of a tied model, which may be stored twice. Raises ValueError if the head is not
     the embedding after all."""
     embedding = layout.their_name("backbone.embeddings.weight")
-    if "lm_head.weight" in names and not torch.equal(read("lm_head.weight"), read(embedding)):
+    if {"lm_head.weight", embedding} <= set(names) and not torch.equal(read("lm_head.weight"), read(embedding)):
         raise ValueError(f"The configuration ties lm_head.weight to {embedding}, but they differ.")
     return [name for name in names if name != "lm_head.weight"]
 
