@@ -57,13 +57,14 @@ class xLSTMMultiHeadNorm(nn.Module):
         return x if ogate is None else torch.sigmoid(ogate) * x
 
 
-class xLSTMPaperLayerNorm(nn.Module):
-    """Layer norm with the factor 1 + weight and no bias."""
+class xLSTMPaperLayerNorm(nn.LayerNorm):
+    """Layer norm with the factor 1 + weight and no bias. As an `nn.LayerNorm` it is spared Trainer's weight decay."""
 
     def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
-        self.eps = eps
+        super().__init__(hidden_size, eps=eps, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], 1 + self.weight, eps=self.eps)
