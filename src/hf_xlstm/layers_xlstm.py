@@ -100,8 +100,8 @@ class xLSTMPaperFeedForward(nn.Module):
         self.proj_down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.proj_up(x).chunk(2, dim=-1)
-        return self.proj_down(F.gelu(gate) * up)
+        gate, up = joint_linear(x, self.proj_up)[0].chunk(2, dim=-1)
+        return joint_linear(F.gelu(gate) * up, self.proj_down)[0]
 
 
 def run_cell(
@@ -261,19 +261,15 @@ class xLSTMPapermLSTMLayer(nn.Module):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        u, gate = self.proj_up(x).chunk(2, dim=-1)
+        u, gate = joint_linear(x, self.proj_up)[0].chunk(2, dim=-1)
         conv = self.conv(u, cache, mask, cu_seqlens)
         u_blocks, conv_blocks = (y.unflatten(-1, (-1, self.block_size)) for y in (u, conv))
         qkv = [self.q_proj(conv_blocks), self.k_proj(conv_blocks), self.v_proj(u_blocks)]
         qkv = [y.flatten(-2) for y in qkv]
-        gate_x = torch.cat(qkv, dim=-1)
-        inputs = (
-            *(y.unflatten(-1, (self.num_heads, -1)) for y in qkv),
-            self.igate_preact(gate_x),
-            self.fgate_preact(gate_x),
-        )
+        gates = joint_linear(torch.cat(qkv, dim=-1), self.igate_preact, self.fgate_preact)
+        inputs = (*(y.unflatten(-1, (self.num_heads, -1)) for y in qkv), *gates)
         h = self.multihead_norm(run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens))
-        return self.dropout(self.out_proj(swiglu(gate, h + self.learnable_skip * conv)))
+        return self.dropout(linear_of(swiglu, self.out_proj, gate, h + self.learnable_skip * conv))
 
 
 class xLSTMsLSTMLayer(nn.Module):
