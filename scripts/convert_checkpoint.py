@@ -1,6 +1,7 @@
 """Convert a checkpoint of another xLSTM implementation to this package's format, or back; see docs/checkpoints.md."""
 
 import argparse
+import sys
 
 from hf_xlstm.conversion import FORMATS, convert_checkpoint
 
@@ -15,15 +16,18 @@ def main() -> None:
     parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="default: %(default)s")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     args = parser.parse_args()
-    report = convert_checkpoint(
-        args.source,
-        args.target,
-        args.to,
-        fused=args.fused,
-        slstm_backend=args.slstm_backend,
-        max_shard_size=int(args.max_shard_size * 1e9),
-        verify=not args.no_verify,
-    )
+    try:
+        report = convert_checkpoint(
+            args.source,
+            args.target,
+            args.to,
+            fused=args.fused,
+            slstm_backend=args.slstm_backend,
+            max_shard_size=int(args.max_shard_size * 1e9),
+            verify=not args.no_verify,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"convert_checkpoint.py: {error}")
     print(f"{args.target}: {report}")
 
 

@@ -341,6 +341,8 @@ def test_script(tmp_path, monkeypatch, capsys):
         assert "equal to the source" in capsys.readouterr().out
     expected = as_cuda_backend(package_weights("mixed"), 4)
     assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
+    with pytest.raises(SystemExit, match="back exists"):
+        convert_checkpoint_script()
 
 
 # ---- what goes wrong
