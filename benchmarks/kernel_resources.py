@@ -1,6 +1,6 @@
 """Compile every mLSTM kernel as it is launched, for GPUs that are not there, and check what it needs.
 
-    python benchmarks/kernel_resources.py [--quick] [--json FILE]
+    python benchmarks/kernel_resources.py [--quick | --architectures sm_90 gfx942 ...] [--json FILE]
 
 The launches are recorded: the launchers run on tensors without memory (device "meta"), so what is compiled is what a
 call would run. Fails (exit code 1) when a kernel spills registers, exceeds the shared memory of its GPU, does without
@@ -32,10 +32,11 @@ POINTERS = {torch.int32: "*i32", torch.bool: "*i1"} | {dtype: f"*{name}" for nam
 HEADS = 8
 # (dtype, K, V)
 QUICK = [("bf16", 256, 512)]
-ALL = [("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200)]] + [
+ALL = [("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200), (9, 33)]] + [
     (dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]
 ]
 LENGTHS = [17, 64, 100, 1000, 4097]
+SEGMENTED = 8192  # a length of several segments, given enough processors
 
 
 class Architecture(NamedTuple):
@@ -43,11 +44,14 @@ class Architecture(NamedTuple):
     shared_memory: int
 
 
+KB = 1024
 ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    # what sm_86 and sm_89 have, which run the same code: sm_80 itself has 163
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 99 * KB),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KB),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KB),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), 99 * KB),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB),
 }
 
 
@@ -82,7 +86,7 @@ class Launch(NamedTuple):
         return cls(kernel, *map(tuple, (signature.items(), constants.items(), aligned)), num_warps, num_stages)
 
 
-def record_launches(dtype: torch.dtype, K: int, V: int, T: int, hopper: bool, full: bool) -> dict[Launch, None]:
+def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU, full: bool) -> dict[Launch, None]:
     """What a step, a forward and a backward pass launch; `full`: with mask, initial and final state, else without."""
     launches = {}
 
@@ -98,12 +102,22 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, hopper: bool, fu
     igate, fgate, s = empty(B, T, H), empty(B, T, H), empty(B, H, T)
     state = (empty(B, H, K, V), empty(B, H, K), empty(B, H)) if full else (None, None, None)
     mask = empty(B, T, dtype=torch.bool) if full else None
-    plan = launch.plan(q, v, hopper)
+    plan = launch.plan(q, v, gpu)
     inputs = (q, k, v, igate, fgate, mask)
     with mock.patch.object(JITFunction, "run", record):
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
         launch.forward(*inputs, None, state, state, 0.1, 1e-6, plan)
-        launch.backward(v, state[:2], *inputs, None, state, state[:2], v, s, 0.1, 1e-6, plan)
+        launch.backward(v, state[:2], *inputs, None, state, state[:2], None, v, s, 0.1, 1e-6, plan)
+    return launches
+
+
+def all_launches(dtype: torch.dtype, K: int, V: int, hopper: bool) -> dict[Launch, None]:
+    """In one run over a sequence; for the head dims of a 7B model also in segments, and both without states."""
+    few, many = launch.GPU(hopper, processors=1), launch.GPU(hopper, processors=10**6)
+    launches = record_launches(dtype, K, V, 1000, few, full=True)
+    if (K, V) == (256, 512):
+        for T, gpu, full in ((1000, few, False), (SEGMENTED, many, True), (SEGMENTED, many, False)):
+            launches |= record_launches(dtype, K, V, T, gpu, full)
     return launches
 
 
@@ -156,7 +170,8 @@ def violations(item: Launch, architecture: str, report: dict[str, int]) -> list[
 
 def depends_on_length(dtype: torch.dtype, K: int, V: int) -> list[str]:
     """Kernels that another sequence length would compile again."""
-    first, *others = (record_launches(dtype, K, V, T, hopper=True, full=True).keys() for T in LENGTHS)
+    gpu = launch.GPU(hopper=True, processors=1)
+    first, *others = (record_launches(dtype, K, V, T, gpu, full=True).keys() for T in LENGTHS)
     return sorted({item.kernel.__name__ for other in others for item in first ^ other})
 
 
@@ -167,7 +182,7 @@ def check(configurations: list[tuple[str, int, int]], architectures: list[str]) 
             print(f"FAIL {kernel} {dtype} {K}/{V}: compiled again for another sequence length")
             failures += 1
         for architecture in architectures:
-            for item in record_launches(DTYPES[dtype], K, V, 1000, architecture == "sm_90", full=True):
+            for item in all_launches(DTYPES[dtype], K, V, architecture == "sm_90"):
                 report = compile_launch(item, ARCHITECTURES[architecture])
                 found = violations(item, architecture, report)
                 failures += len(found)
@@ -180,9 +195,10 @@ def check(configurations: list[tuple[str, int, int]], architectures: list[str]) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only head dims 256/512, bfloat16, on Hopper")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES])
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
-    rows, failures = check(QUICK, ["sm_90"]) if args.quick else check(ALL, [*ARCHITECTURES])
+    rows, failures = check(QUICK, ["sm_90"]) if args.quick else check(ALL, args.architectures)
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
     print(f"{len(rows)} compilations, {failures} limits crossed")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
 pytest.importorskip("triton")
 
+from hf_xlstm.ops import mlstm_triton_launch as launch
 from hf_xlstm.ops.mlstm_reference import mlstm_recurrent, mlstm_recurrent_step
-from hf_xlstm.ops.mlstm_triton import mlstm_step_triton, mlstm_triton, unsupported_reason
+from hf_xlstm.ops.mlstm_triton import _unsupported_gpu, mlstm_step_triton, mlstm_triton, unsupported_reason
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,6 +319,64 @@ def test_backpropagation_through_two_segments():
         assert error(x.grad, double(expected)) < 1e-5
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_saved_states_give_the_same_gradients(monkeypatch, packed):
+    inputs = make_inputs(1, 100, 2, 16, 24)
+    options = {"cu_seqlens": torch.tensor([0, 3, 100], device=DEVICE)} if packed else {}
+    dh = torch.randn_like(inputs[2])
+    expected, _ = gradients(mlstm_triton, inputs, None, dh, None, **options)
+    monkeypatch.setattr("hf_xlstm.ops.mlstm_triton.SAVE_STATES", True)
+    actual, _ = gradients(mlstm_triton, inputs, None, dh, None, **options)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("length, segments", [(200, 4), (300, 2)], ids=["one chunk each", "three chunks and two"])
+def test_segments(monkeypatch, length, segments):
+    """Few and long sequences: the states of their segments are computed side by side."""
+    monkeypatch.setattr(launch, "MIN_SEGMENTS", segments)
+    monkeypatch.setattr(launch, "MIN_CHUNKS_PER_SEGMENT", 4 // segments)
+    inputs = make_inputs(1, length, 2, 20, 72)
+    inputs[4].add_(4)  # or the first segments would be forgotten
+    plan = launch.plan(inputs[0], inputs[2], launch.GPU.of(inputs[0].device))
+    assert launch.Chunks.cut(inputs[0], None, plan).segments == segments
+    state = make_state(1, 2, 20, 72) if segments == 4 else None
+    check_forward(inputs, 1e-5, **({"initial_state": state} if state else {}))
+    inputs[4][:, 80] = -INF
+    check_gradients(inputs, GRADIENT_TOLERANCE[torch.float32], state=state)
+
+
+@pytest.mark.parametrize("length", [9, 70])
+def test_without_epsilon(length):
+    """What is masked out, and a normalizer that underflows, are still no 0 / 0."""
+    inputs = make_inputs(1, length, 1, 16, 16)
+    inputs[3].add_(150)
+    inputs[0][:, 2] = 0
+    mask = torch.arange(length, device=DEVICE)[None] != 1
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    h, _ = mlstm_triton(*leaves, mask=mask, scale=0.25, eps=0.0)
+    assert h.isfinite().all() and (h[:, 1:3] == 0).all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(h.sum(), leaves))
+
+
+@pytest.mark.parametrize("length", [9, 70])
+def test_any_strides(length):
+    """Heads first, features last but not side by side, gates of another dtype, gradients without strides."""
+    q, k, v, igate, fgate = make_inputs(2, length, 3, 16, 24)
+    strided = (
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k.transpose(2, 3).contiguous().transpose(2, 3),
+        v.transpose(0, 1).contiguous().transpose(0, 1),
+        igate.bfloat16(),
+        fgate[:1].expand_as(fgate),
+    )
+    check_forward(strided, 1e-5)
+    leaves = [x.detach().requires_grad_() for x in strided]
+    dense = [x.detach().clone().contiguous().requires_grad_() for x in strided]
+    for inputs in (leaves, dense):
+        run(mlstm_triton, inputs)[0].sum().backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaves, dense, strict=True))
+
+
 def test_gradients_are_deterministic():
     inputs = make_inputs(1, 70, 2, 16, 24)
     dh = torch.randn_like(inputs[2])
@@ -355,7 +415,7 @@ def test_addresses_and_grids_beyond_their_usual_limits(shape):
 
 def test_chunks_of_hopper(monkeypatch):
     """128 tokens instead of 64, with larger blocks."""
-    monkeypatch.setattr("hf_xlstm.ops.mlstm_triton._is_hopper", lambda device: True)
+    monkeypatch.setattr(launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=132))
     inputs = make_inputs(1, 200, 1, 80, 64, torch.bfloat16)
     check_forward(inputs, TOLERANCE[torch.bfloat16])
     check_gradients(inputs, GRADIENT_TOLERANCE[torch.bfloat16], state=make_state(1, 1, 80, 64))
@@ -384,6 +444,23 @@ def test_unsupported():
     assert "512" in unsupported_reason(x, torch.zeros(1, 1, 1, 513, device=DEVICE))
 
 
+def test_unsupported_gpus(monkeypatch):
+    reasons = {}
+    for name, hip, properties in (
+        ("Turing", None, {"major": 7, "minor": 5}),
+        ("Ada", None, {"major": 8, "minor": 9}),
+        ("MI300", "7.0", {"gcnArchName": "gfx942:sramecc+:xnack-"}),
+        ("Radeon", "7.0", {"gcnArchName": "gfx1100"}),
+    ):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, properties=properties: Namespace(**properties)
+        )
+        reasons[name] = _unsupported_gpu.__wrapped__(torch.device("cuda"))
+    assert reasons["Ada"] is None and reasons["MI300"] is None
+    assert "7.5" in reasons["Turing"] and "gfx1100" in reasons["Radeon"]
+
+
 def test_step_on_a_strided_state():
     inputs = [x[:, 0] for x in make_inputs(3, 1, 2, 24, 40)]
     state = tuple(x.transpose(0, 1) for x in make_state(2, 3, 24, 40))
@@ -394,18 +471,19 @@ def test_step_on_a_strided_state():
 
 @pytest.mark.parametrize("length", [5, 40])
 @pytest.mark.parametrize("packed", [True, False])
-def test_operator_contracts(length, packed):
+@pytest.mark.parametrize("save_states", [True, False])
+def test_operator_contracts(length, packed, save_states):
     inputs = [x.detach().requires_grad_() for x in make_inputs(1, length, 1, 8, 8)]
     c, n, m = make_state(2 if packed else 1, 1, 8, 8)
     cu_seqlens = torch.tensor([0, 3, length], device=DEVICE) if packed else None
     mask = None if packed else torch.ones(1, length, dtype=torch.bool, device=DEVICE)
-    arguments = (*inputs, c.requires_grad_(), n.requires_grad_(), m, mask, cu_seqlens, True, 0.3, 1e-6)
+    arguments = (*inputs, c.requires_grad_(), n.requires_grad_(), m, mask, cu_seqlens, True, save_states, 0.3, 1e-6)
     torch.library.opcheck(torch.ops.hf_xlstm.mlstm_forward.default, arguments)
     with torch.no_grad():
-        h, s, *_ = torch.ops.hf_xlstm.mlstm_forward(*arguments)
+        h, _, _, _, *saved = torch.ops.hf_xlstm.mlstm_forward(*arguments)
     tensors = [None if x is None else x.detach() for x in arguments[:10]]
     torch.library.opcheck(
-        torch.ops.hf_xlstm.mlstm_backward.default, (h, c.detach(), n.detach(), *tensors, h, s, 0.3, 1e-6)
+        torch.ops.hf_xlstm.mlstm_backward.default, (h, c.detach(), n.detach(), *tensors, h, *saved, 0.3, 1e-6)
     )
 
 

@@ -50,7 +50,7 @@ def mlstm(
         mask: (B, T) bool. At False the state stays as it is and the output is 0.
         cu_seqlens: (N + 1,) int, the bounds of N packed sequences, B = 1; states then have N rows.
         scale: factor on q, default K ** -0.5.
-        chunk_size: tokens per chunk of the parallel form; chosen from the shape by default.
+        chunk_size: tokens per chunk on the torch backend, chosen from the shape by default. No effect on results.
         backend: "auto" | "triton" | "torch" | "reference".
 
     Returns:

@@ -5,6 +5,8 @@ The kernels are registered as three operators that torch.compile sees as black b
 """
 
 import contextlib
+import functools
+import os
 
 import torch
 
@@ -15,6 +17,9 @@ from .mlstm_reference import MLSTMState
 MAX_HEAD_DIM = 512
 # Up to this length one pass of the recurrence over the state costs no more than the chunkwise kernels.
 MAX_RECURRENT = 16
+# The backward pass needs the state at every chunk border. By default it computes these states again, about a tenth of
+# its time; kept from the forward pass (HF_XLSTM_SAVE_STATES=1) they double what a layer keeps in memory.
+SAVE_STATES = os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
 
 
 def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -25,20 +30,30 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"it computes in float32, bfloat16 and float16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return f"head dims go up to {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
-    return None
+    return None if launch.INTERPRETED else _unsupported_gpu(q.device)
+
+
+@functools.cache
+def _unsupported_gpu(device: torch.device) -> str | None:
+    """The GPUs for which benchmarks/kernel_resources.py compiles every kernel, and those that run the same code."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        if properties.major >= 8:
+            return None
+        return f"it needs compute capability 8.0, the GPU has {properties.major}.{properties.minor}"
+    architecture = properties.gcnArchName.split(":")[0]
+    return None if architecture == "gfx942" else f"of AMD's GPUs it is compiled for gfx942, not {architecture}"
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Kernels take any strides but the last: a head's features must lie side by side, as projections produce them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """Kernels take any strides but the last: a head's features must lie side by side, as projections produce them. And
+    the tokens of one chunk must lie within 2^31 elements."""
+    side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if side_by_side and x.stride(1) < 2**31 // launch.MAX_CHUNK else x.contiguous()
 
 
 def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @torch.library.custom_op("hf_xlstm::mlstm_forward", mutates_args=())
@@ -54,28 +69,37 @@ def mlstm_forward(
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     final_state: bool,
+    save_states: bool,
     scale: float,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h, s (the normalizer n.q, for the backward pass) and the final c, n, m: empty tensors without `final_state`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and c, n at every chunk border. Those
+    that are not asked for are empty."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     initial = tuple(None if x is None else x.contiguous() for x in (c, n, m))
     new_state = _empty_state(q, v, cu_seqlens, final_state)
     final = new_state if final_state else (None, None, None)
     with _on_device(q):
-        if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT:
+        if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
             h, s = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
-            plan = launch.plan(q, v, _is_hopper(q.device))
-            h, s = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
-    return h, s, *new_state
+            plan = launch.plan(q, v, launch.GPU.of(q.device))
+            h, s, saved = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
+    if not save_states:
+        saved = [q.new_empty(0), q.new_empty(0)]
+    return h, *new_state, s, *saved
 
 
 @mlstm_forward.register_fake
-def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, scale, eps):
+def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, save_states, scale, eps):
     B, T, H, V = v.shape
-    h = v.new_empty(B, T, H, V)
-    return h, v.new_empty(B, H, T, dtype=torch.float32), *_empty_state(q, v, cu_seqlens, final_state)
+    h, s = v.new_empty(B, T, H, V), v.new_empty(B, H, T, dtype=torch.float32)
+    saved = [q.new_empty(0), q.new_empty(0)]
+    if save_states:
+        length = launch.plan(q, v, launch.GPU.of(q.device)).chunk_size
+        rows = B * ((T + length - 1) // length) if cu_seqlens is None else T // length + cu_seqlens.shape[0] - 1
+        saved = launch.chunk_states(q, v, rows)
+    return h, *_empty_state(q, v, cu_seqlens, final_state), s, *saved
 
 
 def _empty_state(q, v, cu_seqlens, wanted: bool) -> MLSTMState:
@@ -102,43 +126,42 @@ def mlstm_backward(
     cu_seqlens: torch.Tensor | None,
     h: torch.Tensor,
     s: torch.Tensor,
+    c_borders: torch.Tensor,
+    n_borders: torch.Tensor,
     scale: float,
     eps: float,
 ) -> list[torch.Tensor]:
-    """Gradients of q, k, v, igate, fgate and, if there is one, of the initial c and n.
-
-    The chunk states are computed again: kept from the forward pass they would outweigh all other activations.
-    """
+    """Gradients of q, k, v, igate, fgate and, if there is one, of the initial c and n."""
     q, k, v, dh = _dense(q), _dense(k), _dense(v), dh.contiguous()
     initial = tuple(None if x is None else x.contiguous() for x in (c, n, m))
     dfinal = tuple(None if x is None else x.contiguous() for x in (dc_final, dn_final))
     dinitial = tuple(None if x is None else torch.empty_like(x) for x in initial[:2])
-    plan = launch.plan(q, v, _is_hopper(q.device))
+    states = (c_borders, n_borders) if n_borders.numel() else None
+    plan = launch.plan(q, v, launch.GPU.of(q.device))
     with _on_device(q):
         gradients = launch.backward(
-            dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, h, s, scale, eps, plan
+            dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, h, s, scale, eps, plan
         )
     return [*gradients, *(x for x in dinitial if x is not None)]
 
 
 @mlstm_backward.register_fake
-def _(dh, dc_final, dn_final, q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, h, s, scale, eps):
+def _(dh, dc_final, dn_final, q, k, v, igate, fgate, c, n, *_):
     like = [q, k, v, igate, fgate] + [x for x in (c, n) if x is not None]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, final_state, ctx.scale, ctx.eps = inputs
-    h, s, *new_state = output
-    ctx.final_state = final_state
-    ctx.save_for_backward(*tensors, h, s)
-    ctx.mark_non_differentiable(s, new_state[2])
+    *tensors, ctx.final_state, _, ctx.scale, ctx.eps = inputs
+    h, _, _, m, *saved = output
+    ctx.save_for_backward(*tensors, h, *saved)
+    ctx.mark_non_differentiable(m, *saved)
 
 
-def _backward(ctx, dh, ds, dc, dn, dm):
+def _backward(ctx, dh, dc, dn, *_):
     dfinal = (dc, dn) if ctx.final_state else (None, None)
     dq, dk, dv, digate, dfgate, *dinitial = mlstm_backward(dh, *dfinal, *ctx.saved_tensors, ctx.scale, ctx.eps)
-    return dq, dk, dv, digate, dfgate, *(dinitial or (None, None)), *[None] * 6
+    return dq, dk, dv, digate, dfgate, *(dinitial or (None, None)), *[None] * 7
 
 
 mlstm_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -160,7 +183,7 @@ def mlstm_triton(
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """The sequence; shapes as in `hf_xlstm.ops.mlstm`. `chunk_size` has no effect: the registers of the GPU decide."""
-    h, _, *state = mlstm_forward(
+    h, c, n, m, *_ = mlstm_forward(
         q,
         k,
         v,
@@ -170,10 +193,11 @@ def mlstm_triton(
         mask,
         cu_seqlens,
         output_final_state,
+        SAVE_STATES and torch.is_grad_enabled(),
         scale,
         eps,
     )
-    return h, tuple(state) if output_final_state else None
+    return h, (c, n, m) if output_final_state else None
 
 
 @torch.library.custom_op("hf_xlstm::mlstm_step", mutates_args=("c", "n", "m"))

@@ -22,18 +22,20 @@ import triton
 import triton.language as tl
 
 from .mlstm_triton_kernels import (
+    GATE_STRIDES,
     PER_CALL,
     RESET,
     chunk_tokens,
     features,
+    load_border,
     load_live,
     load_stabilizer,
     load_tile,
     load_transposed,
     log_sigmoid,
+    normalizer,
     pair_weights,
     sequence_chunks,
-    stabilizer,
     store_tile,
 )
 
@@ -73,7 +75,7 @@ def row_kernel(
     m_in = tl.load(p_m + pid)
     m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m_in)
     s = tl.load(p_s + o_gate, mask=inside, other=0.0)
-    inverse = 1.0 / (tl.maximum(tl.abs(s), tl.exp(-m)) + eps)
+    inverse = 1.0 / normalizer(s, m, eps)
 
     live = load_live(p_segment, o_gate, inside)
     o_head = ((row * T + start) * H + h) * V
@@ -97,18 +99,21 @@ def state_gradient_kernel(
     p_x,
     p_segment,
     p_chunk_decay,
-    p_chunk_m,
     p_m,
+    p_m_next,
     p_dc_final,
     p_dn_final,
-    p_dc,  # (chunks, H, K, V) gradient of the state that each chunk hands on
+    p_dc,  # (chunks, H, K, V) gradient of the state that each chunk hands on, or None
     p_dn,  # (chunks, H, K)
     p_dc_initial,
     p_dn_initial,
+    p_decay_initial,  # (sequences, H) the product of all A, or None
     p_bounds,
     p_first_chunk,
     T,
     chunks_per_row,
+    segments,
+    chunks_per_segment,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -128,16 +133,19 @@ def state_gradient_kernel(
     block_v = pid % NV
     h = pid // (NV * NK) % H
     sequence = pid // (NV * NK * H)
-    row, start, end, first, last = sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk)
+    row, start, end, first, last = sequence_chunks(
+        sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L
+    )
 
     o_k = (pid // NV % NK) * BK + tl.arange(0, BK)
     o_v = block_v * BV + tl.arange(0, BV)
     in_k = o_k < K
     in_v = o_v < V
-    owns_n = in_k & (block_v == 0)
+    owns_n = o_k < tl.where(block_v == 0, K, 0)
     o_state = tl.cast(sequence, tl.int64) * H + h
     b_dc = tl.zeros((BK, BV), tl.float32)
     b_dn = tl.zeros((BK,), tl.float32)
+    decay_initial = 1.0
     if p_dc_final is not None:
         b_dc += load_tile(p_dc_final + o_state * (K * V), o_k, o_v, V, in_k, in_v)
         b_dn += tl.load(p_dn_final + o_state * K + o_k, mask=in_k, other=0.0)
@@ -147,9 +155,9 @@ def state_gradient_kernel(
     for i in range(last - first):
         start -= L
         o_chunk = tl.cast(last - 1 - i, tl.int64) * H + h
-        store_tile(p_dc + o_chunk * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
-        tl.store(p_dn + o_chunk * K + o_k, b_dn, mask=owns_n)
-
+        if p_dc is not None:
+            store_tile(p_dc + o_chunk * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
+            tl.store(p_dn + o_chunk * K + o_k, b_dn, mask=owns_n)
         inside = start + o_l < end
         o_gate = (row * H + h) * T + start + o_l
         live = load_live(p_segment, o_gate, inside)
@@ -158,14 +166,16 @@ def state_gradient_kernel(
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
         b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k).to(tl.float32) * read[None, :]
         b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)
-        carried = tl.load(p_chunk_decay + o_chunk) + tl.load(p_m + o_chunk)
-        decay = tl.exp(carried - stabilizer(carried, tl.load(p_chunk_m + o_chunk)))
+        decay, _ = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
         b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)
         b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)
+        decay_initial *= decay
 
     if p_dc_initial is not None:
         store_tile(p_dc_initial + o_state * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
         tl.store(p_dn_initial + o_state * K + o_k, b_dn, mask=owns_n)
+    if p_decay_initial is not None:
+        tl.store(p_decay_initial + o_state, decay_initial, mask=pid % (NV * NK) == 0)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -260,10 +270,10 @@ def query_key_gradient_kernel(
     p_log_w,
     p_segment,
     p_chunk_decay,
-    p_chunk_m,
+    p_m,
+    p_m_next,
     p_c,
     p_n,
-    p_m,
     p_dc,
     p_dn,
     p_dq,  # (B, T, H, K)
@@ -333,15 +343,14 @@ def query_key_gradient_kernel(
     b_dn = tl.load(p_dn + o_chunk * K + o_k, mask=in_k, other=0.0)
     read = tl.load(p_read + o_gate, mask=inside, other=0.0)
     x = tl.load(p_x + o_gate, mask=inside, other=0.0)
-    carried = tl.load(p_chunk_decay + o_chunk) + tl.load(p_m + o_chunk)
-    m_new = stabilizer(carried, tl.load(p_chunk_m + o_chunk))
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - m_new)
+    decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - m_next)
     b_dq = read[:, None] * (b_dq + x[:, None] * b_n[None, :])
     b_dk = w[:, None] * (b_dk + b_dn[None, :])
     o_partial = block_k * tokens + o_gate
     tl.store(p_q_dq + o_partial, tl.sum(b_q.to(tl.float32) * b_dq, 1), mask=inside)
     tl.store(p_k_dk + o_partial, tl.sum(b_k.to(tl.float32) * b_dk, 1), mask=inside)
-    tl.store(p_cross + block_k * chunk_heads + o_chunk, tl.exp(carried - m_new) * (cross + tl.sum(b_n * b_dn)))
+    tl.store(p_cross + block_k * chunk_heads + o_chunk, decay * (cross + tl.sum(b_n * b_dn)))
 
     p_e += o_chunk * (L * L)
     b_e = tl.load(p_e + o_l[:, None] * L + o_l[None, :])
@@ -359,9 +368,7 @@ def value_gradient_kernel(
     p_scores,
     p_log_w,
     p_segment,
-    p_chunk_decay,
-    p_chunk_m,
-    p_m,
+    p_m_next,
     p_dc,
     p_dv,  # (B, T, H, V)
     p_bounds,
@@ -394,9 +401,7 @@ def value_gradient_kernel(
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
     live = load_live(p_segment, o_gate, inside)
-    carried = tl.load(p_chunk_decay + o_chunk) + tl.load(p_m + o_chunk)
-    m_new = stabilizer(carried, tl.load(p_chunk_m + o_chunk))
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - m_new)
+    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - tl.load(p_m_next + o_chunk))
 
     o_head = ((row * T + start) * H + h) * V
     b_dh = load_tile(p_dh + o_head, o_l, o_v, H * V, live, in_v)
@@ -412,7 +417,7 @@ def value_gradient_kernel(
     store_tile(p_dv + o_head, b_dv, o_l, o_v, H * V, inside, in_v)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "tokens", "chunk_heads", "stride_fb"])
+@triton.jit(do_not_specialize=[*PER_CALL, *GATE_STRIDES, "tokens", "chunk_heads"])
 def gate_gradient_kernel(
     p_fgate,
     p_segment,
@@ -457,8 +462,9 @@ def gate_gradient_kernel(
 
     # log f_t decays what was written before t (strictly) for everyone who reads at t or later
     dlog_f = tl.cumsum(g_row - g_column + q_dq, 0, reverse=True) + (tl.cumsum(k_dk, 0) - k_dk) + cross
-    p_fgate = features(p_fgate, row, start, h, stride_fb, stride_ft, stride_fh)
-    fgate = tl.load(p_fgate + o_l * stride_ft, mask=live, other=float("inf")).to(tl.float32)
+    p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
+    token = tl.cast(start + o_l, tl.int64)
+    fgate = tl.load(p_fgate + token * stride_ft, mask=live, other=float("inf")).to(tl.float32)
     decays = live & (log_sigmoid(fgate) >= RESET)
     dfgate = tl.where(decays, dlog_f / (1.0 + tl.exp(fgate)), 0.0)
     o_out = (row * T + start) * H + h + o_l * H

@@ -12,8 +12,9 @@ with S = q k^T, D_t = max(|s_t|, exp(-m_t)) + eps and the scale on q. The chunk 
     C' = A C + sum_j w_j k_j v_j^T             n' = A n + sum_j w_j k_j
 
 m depends on the gates alone, so it is known before any product is formed and every exponent is <= 0 from the start.
-Four kernels, in order: gates (b, the maxima), states (C, n, m at every chunk border), scores (P S / D, once per
-chunk), outputs (two products per chunk and block of V).
+Five kernels, in order: gates (b, the maxima), borders (m between chunks), states (C, n between chunks), scores
+(P S / D, once per chunk), outputs (two products per chunk and block of V). With m known, C and n are linear in what
+enters: where sequences are few and long, the states of their segments are computed side by side and then combined.
 
 b_t - b_j loses the digits of a mild decay behind a strong one. So b is kept as coarse / UNITS + fine: log f in whole
 units, whose sums and differences are exact integers, and the rest, whose sums stay small. A forget gate of
@@ -36,10 +37,11 @@ UNITS = tl.constexpr(64.0)
 BARRIER = tl.constexpr(1 << 23)  # below the lowest sum of a chunk: 128 tokens, 1000 * UNITS each
 # The floor of m: what is stored on a scale of exp(-1e4) is gone too, and x - m must not become -inf - -inf.
 LOWEST = tl.constexpr(-1e4)
-# Run-time values that change with T. The batch strides of q, k and v do too, but are left to Triton: known to be
-# multiples of 16, as they are for usual head dims, they keep loads wide.
-PER_CALL = ["T", "chunks_per_row"]
-GATE_STRIDES = ["stride_ib", "stride_fb", "stride_mb"]
+TINY = tl.constexpr(1e-37)  # 1 / TINY is finite
+# Run-time values that change with T, which no kernel is specialised on. The strides of q, k and v may too, but are
+# left to Triton: known to be multiples of 16, as they are for usual head dims, they keep loads wide.
+PER_CALL = ["T", "chunks_per_row", "segments", "chunks_per_segment"]
+GATE_STRIDES = [f"stride_{name}" for name in ("ib", "it", "ih", "fb", "ft", "fh", "mb", "mt")]
 
 
 @triton.jit
@@ -65,6 +67,12 @@ def stabilizer(carried, local):
 
 
 @triton.jit
+def normalizer(s, m, eps):
+    """D_t, never 0: not for a dead token, whose m is inf, nor where eps is 0 and all underflows."""
+    return tl.maximum(tl.maximum(tl.abs(s), tl.exp(-m)), TINY) + eps
+
+
+@triton.jit
 def chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L: tl.constexpr):
     """Row of the batch, first token of a chunk, end of its sequence. Chunks never straddle two packed sequences."""
     if p_bounds is not None:
@@ -80,8 +88,11 @@ def chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, 
 
 
 @triton.jit
-def sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk):
-    """Row of the batch, first token and end of a sequence, its first chunk and the one after its last."""
+def sequence_chunks(
+    sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L: tl.constexpr
+):
+    """Row of the batch, first token and end of a sequence, its first chunk and the one after its last. Sequences that
+    are not packed may be cut into segments, numbered sequence by sequence."""
     if p_bounds is not None:
         row = sequence * 0
         start = tl.load(p_bounds + sequence)
@@ -89,18 +100,26 @@ def sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk):
         first = tl.load(p_first_chunk + sequence)
         last = tl.load(p_first_chunk + sequence + 1)
     else:
-        row = sequence
-        start = sequence * 0
+        row = sequence // segments
+        chunk = sequence % segments * chunks_per_segment
+        start = chunk * L
         end = T
-        first = sequence * chunks_per_row
-        last = first + chunks_per_row
+        first = row * chunks_per_row + chunk
+        last = row * chunks_per_row + tl.minimum(chunk + chunks_per_segment, chunks_per_row)
     return tl.cast(row, tl.int64), start, end, first, last
 
 
 @triton.jit
 def features(p, row, start, h, stride_b, stride_t, stride_h):
     """Where the features of token `start` begin, for head h."""
-    return p + row * stride_b + tl.cast(start, tl.int64) * stride_t + h * stride_h
+    return p + row * stride_b + tl.cast(start, tl.int64) * stride_t + tl.cast(h, tl.int64) * stride_h
+
+
+@triton.jit
+def load_border(p_chunk_decay, p_m, p_m_next, o_chunk):
+    """A and m' of a chunk. m' - m is exact where they are close: A makes up for the rounding of m'."""
+    m_next = tl.load(p_m_next + o_chunk)
+    return tl.exp(tl.load(p_chunk_decay + o_chunk) - (m_next - tl.load(p_m + o_chunk))), m_next
 
 
 @triton.jit
@@ -185,14 +204,13 @@ def gate_kernel(
     o_l = tl.arange(0, L)
     inside = start + o_l < end
     live = inside
+    token = tl.cast(start + o_l, tl.int64)
     if p_mask is not None:
-        live &= tl.load(
-            features(p_mask, row, start, 0, stride_mb, stride_mt, 0) + o_l * stride_mt, mask=inside, other=0
-        )
-    p_igate = features(p_igate, row, start, h, stride_ib, stride_it, stride_ih)
-    p_fgate = features(p_fgate, row, start, h, stride_fb, stride_ft, stride_fh)
-    log_i = tl.load(p_igate + o_l * stride_it, mask=live, other=float("-inf")).to(tl.float32)
-    log_f = log_sigmoid(tl.load(p_fgate + o_l * stride_ft, mask=live, other=float("inf")).to(tl.float32))
+        live &= tl.load(p_mask + row * stride_mb + token * stride_mt, mask=inside, other=0) != 0
+    p_igate = features(p_igate, row, 0, h, stride_ib, stride_it, stride_ih)
+    p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
+    log_i = tl.load(p_igate + token * stride_it, mask=live, other=float("-inf")).to(tl.float32)
+    log_f = log_sigmoid(tl.load(p_fgate + token * stride_ft, mask=live, other=float("inf")).to(tl.float32))
 
     reset = (log_f < RESET).to(tl.int32)
     segment = tl.cumsum(reset, 0)
@@ -219,25 +237,66 @@ def gate_kernel(
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def state_kernel(
-    p_k,
-    p_v,
-    p_log_w,
+def border_kernel(
     p_chunk_decay,
     p_chunk_m,
-    p_c_initial,
-    p_n_initial,
     p_m_initial,
-    p_c,  # (chunks, H, K, V) the state that enters each chunk
-    p_n,  # (chunks, H, K)
-    p_m,  # (chunks, H)
-    p_c_final,
-    p_n_final,
+    p_m,  # (chunks, H) as it enters each chunk
+    p_m_next,  # (chunks, H) as it leaves
     p_m_final,
     p_bounds,
     p_first_chunk,
     T,
     chunks_per_row,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """m from chunk to chunk, one program for each sequence and head."""
+    pid = tl.program_id(0)
+    h = pid % H
+    _, _, _, first, last = sequence_chunks(pid // H, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L)
+    o_block = tl.arange(0, BLOCK)
+    m = 0.0
+    if p_m_initial is not None:
+        m += tl.load(p_m_initial + pid)
+    tl.store(p_m + tl.cast(first, tl.int64) * H + h, m, mask=first < last)
+    for chunk in range(first, last, BLOCK):
+        inside = chunk + o_block < last
+        o_chunk = tl.cast(chunk + o_block, tl.int64) * H + h
+        g = tl.load(p_chunk_decay + o_chunk, mask=inside, other=0.0)
+        decay, m_local = tl.associative_scan(
+            (g, tl.load(p_chunk_m + o_chunk, mask=inside, other=float("-inf"))), 0, max_plus
+        )
+        m_next = stabilizer(decay + m, m_local)
+        tl.store(p_m_next + o_chunk, m_next, mask=inside)
+        tl.store(p_m + o_chunk + H, m_next, mask=chunk + o_block + 1 < last)
+        m = tl.sum(tl.where(o_block == BLOCK - 1, m_next, 0.0), 0)
+    if p_m_final is not None:
+        tl.store(p_m_final + pid, m)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def state_kernel(
+    p_k,
+    p_v,
+    p_log_w,
+    p_chunk_decay,
+    p_m,
+    p_m_next,
+    p_c_initial,
+    p_n_initial,
+    p_c,  # (chunks, H, K, V) the state that enters each chunk, or None
+    p_n,  # (chunks, H, K)
+    p_c_final,
+    p_n_final,
+    p_decay_final,  # (sequences, H) the product of all A, or None
+    p_bounds,
+    p_first_chunk,
+    T,
+    chunks_per_row,
+    segments,
+    chunks_per_segment,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -253,7 +312,8 @@ def state_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C and n from chunk to chunk, one program for each block of C."""
+    """C and n from chunk to chunk, one program for each block of C. Initial and final states are those of segments
+    where sequences are cut into segments."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -261,50 +321,80 @@ def state_kernel(
     block_k = pid // NV % NK
     h = pid // (NV * NK) % H
     sequence = pid // (NV * NK * H)
-    row, start, end, first, last = sequence_chunks(sequence, T, chunks_per_row, p_bounds, p_first_chunk)
+    row, start, end, first, last = sequence_chunks(
+        sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L
+    )
 
     o_k = block_k * BK + tl.arange(0, BK)
     o_v = block_v * BV + tl.arange(0, BV)
     in_k = o_k < K
     in_v = o_v < V
-    owns_n = in_k & (block_v == 0)
-    owns_m = (block_v == 0) & (block_k == 0)
+    owns_n = o_k < tl.where(block_v == 0, K, 0)
     o_state = tl.cast(sequence, tl.int64) * H + h
     b_c = tl.zeros((BK, BV), tl.float32)
     b_n = tl.zeros((BK,), tl.float32)
-    m = 0.0
+    decay_final = 1.0
     if p_c_initial is not None:
         b_c += load_tile(p_c_initial + o_state * (K * V), o_k, o_v, V, in_k, in_v)
         b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
-        m += tl.load(p_m_initial + o_state)
 
     o_l = tl.arange(0, L)
     p_log_w += (row * H + h) * T
     for chunk in range(first, last):
         o_chunk = tl.cast(chunk, tl.int64) * H + h
-        store_tile(p_c + o_chunk * (K * V), b_c, o_k, o_v, V, in_k, in_v)
-        tl.store(p_n + o_chunk * K + o_k, b_n, mask=owns_n)
-        tl.store(p_m + o_chunk, m, mask=owns_m)
-
+        if p_c is not None:
+            store_tile(p_c + o_chunk * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+            tl.store(p_n + o_chunk * K + o_k, b_n, mask=owns_n)
         log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
         live = log_w > float("-inf")
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
         b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
         b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
-        g = tl.load(p_chunk_decay + o_chunk)
-        m_new = stabilizer(g + m, tl.load(p_chunk_m + o_chunk))
-        decay = tl.exp(g + m - m_new)
-        b_k = b_k.to(tl.float32) * tl.exp(log_w - m_new)[None, :]
+        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        b_k = b_k.to(tl.float32) * tl.exp(log_w - m_next)[None, :]
         b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
         b_n = decay * b_n + tl.sum(b_k, 1)
-        m = m_new
+        decay_final *= decay
         start += L
 
     if p_c_final is not None:
         store_tile(p_c_final + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
         tl.store(p_n_final + o_state * K + o_k, b_n, mask=owns_n)
-        tl.store(p_m_final + o_state, m, mask=owns_m)
+    if p_decay_final is not None:
+        tl.store(p_decay_final + o_state, decay_final, mask=pid % (NV * NK) == 0)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def combine_kernel(
+    p_state,  # (sequences * segments, H, N) what each segment adds; becomes what enters it
+    p_decay,  # (sequences * segments, H) what it keeps
+    p_initial,
+    p_final,
+    segments,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+):
+    """A state from segment to segment, in place; for gradients from the last one to the first."""
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    o_block = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = o_block < N
+    h = pid // BLOCKS % H
+    sequence = tl.cast(pid // (BLOCKS * H), tl.int64)
+    b_state = tl.zeros((BLOCK,), tl.float32)
+    if p_initial is not None:
+        b_state += tl.load(p_initial + (sequence * H + h) * N + o_block, mask=inside, other=0.0)
+    for i in range(segments):
+        segment = sequence * segments + (segments - 1 - i if BACKWARDS else i)
+        p_segment = p_state + (segment * H + h) * N + o_block
+        b_added = tl.load(p_segment, mask=inside, other=0.0)
+        tl.store(p_segment, b_state, mask=inside)
+        b_state = tl.load(p_decay + segment * H + h) * b_state + b_added
+    if p_final is not None:
+        tl.store(p_final + (sequence * H + h) * N + o_block, b_state, mask=inside)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -369,7 +459,7 @@ def score_kernel(
     b_s *= pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L) * scale
     a = tl.exp(carried - m) * scale
     s = tl.sum(b_s, 1) + a * qn
-    inverse = 1.0 / (tl.maximum(tl.abs(s), tl.exp(-m)) + eps)
+    inverse = 1.0 / normalizer(s, m, eps)
     p_scores += o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :]
     tl.store(p_scores, (b_s * inverse[:, None]).to(p_scores.dtype.element_ty))
     tl.store(p_read + o_gate, a * inverse, mask=inside)
@@ -494,19 +584,21 @@ def recurrent_kernel(
         b_n += tl.load(p_n + o_state * K + o_k, mask=in_k, other=0.0)
         m += tl.load(p_m + o_state)
 
-    p_q += row * stride_qb + h * stride_qh + o_k
-    p_k += row * stride_kb + h * stride_kh + o_k
-    p_v += row * stride_vb + h * stride_vh + o_v
-    p_igate += row * stride_ib + h * stride_ih
-    p_fgate += row * stride_fb + h * stride_fh
+    p_q = features(p_q, row, 0, h, stride_qb, stride_qt, stride_qh) + o_k
+    p_k = features(p_k, row, 0, h, stride_kb, stride_kt, stride_kh) + o_k
+    p_v = features(p_v, row, 0, h, stride_vb, stride_vt, stride_vh) + o_v
+    p_igate = features(p_igate, row, 0, h, stride_ib, stride_it, stride_ih)
+    p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
     p_h += (row * T * H + h) * V + o_v
     for t in range(T):
         live = True
         if p_mask is not None:
             live = tl.load(p_mask + row * stride_mb + t * stride_mt) != 0
-        b_q = tl.load(p_q + t * stride_qt, mask=in_k & live, other=0.0).to(tl.float32) * scale
-        b_k = tl.load(p_k + t * stride_kt, mask=in_k & live, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v + t * stride_vt, mask=in_v & live, other=0.0).to(tl.float32)
+        live_k = o_k < tl.where(live, K, 0)
+        live_v = o_v < tl.where(live, V, 0)
+        b_q = tl.load(p_q + t * stride_qt, mask=live_k, other=0.0).to(tl.float32) * scale
+        b_k = tl.load(p_k + t * stride_kt, mask=live_k, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)
         log_i = tl.load(p_igate + t * stride_it, mask=live, other=float("-inf")).to(tl.float32)
         log_f = log_sigmoid(tl.load(p_fgate + t * stride_ft, mask=live, other=float("inf")).to(tl.float32))
 
@@ -517,11 +609,11 @@ def recurrent_kernel(
         b_n = decay * b_n + b_k
         m = m_new
         s = tl.sum(b_n * b_q, 0)
-        b_h = tl.sum(b_c * b_q[:, None], 0) / (tl.maximum(tl.abs(s), tl.exp(-m)) + eps)
+        b_h = tl.sum(b_c * b_q[:, None], 0) / normalizer(s, m, eps)
         tl.store(p_h + t * (H * V), b_h.to(p_h.dtype.element_ty), mask=in_v)
         tl.store(p_s + o_state * T + t, s, mask=block_v == 0)
 
     if p_c_new is not None:
         store_tile(p_c_new + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
-        tl.store(p_n_new + o_state * K + o_k, b_n, mask=in_k & (block_v == 0))
+        tl.store(p_n_new + o_state * K + o_k, b_n, mask=o_k < tl.where(block_v == 0, K, 0))
         tl.store(p_m_new + o_state, m, mask=block_v == 0)

@@ -26,27 +26,43 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
+MAX_CHUNK = 128
+
+
+class GPU(NamedTuple):
+    hopper: bool
+    processors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "GPU":
+        if device.type != "cuda":  # interpreted, or recorded by benchmarks/kernel_resources.py
+            return cls(False, 132)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(torch.version.hip is None and properties.major == 9, properties.multi_processor_count)
+
+
 class Plan(NamedTuple):
     chunk_size: int
     state: Blocks  # C and dC
     score: Blocks  # the scores, and the gradients of scores, q and k
     output: Blocks  # h and dv
+    full: int  # how many recurrences over a state (sequences x heads) keep the whole GPU busy
 
 
-def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
+def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and
     that only for head dims whose rows it can load 16 bytes at a time.
 
-    Nothing here depends on T: one compilation serves all lengths. What each choice takes in registers and in shared
-    memory is what benchmarks/kernel_resources.py reports.
+    Nothing here depends on B and T: one compilation serves all lengths. What each choice takes in registers and in
+    shared memory is what benchmarks/kernel_resources.py reports.
     """
     K, V = q.shape[-1], v.shape[-1]
     if q.dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
         score_warps = 8 if q.dtype == torch.float32 else 4
         length, state, score, output = 64, (32, 64, 8, 2), (32, 32, score_warps, 2), (32, 64, 8, 2)
-    elif hopper and K * V > 64 * 64 and K % 16 == V % 16 == 0:
-        length, state, score, output = 128, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
+    elif gpu.hopper and K * V > 64 * 64 and K % 16 == V % 16 == 0:
+        length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
         length, state, score, output = 64, (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3)
 
@@ -54,7 +70,14 @@ def plan(q: torch.Tensor, v: torch.Tensor, hopper: bool) -> Plan:
         widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
         return Blocks(min(BK, widest_k), min(BV, widest_v), num_warps, num_stages)
 
-    return Plan(length, fit(*state), fit(*score), fit(*output))
+    state = fit(*state)
+    tiles = triton.cdiv(K, state.BK) * triton.cdiv(V, state.BV)
+    return Plan(length, state, fit(*score), fit(*output), gpu.processors // tiles)
+
+
+# Segments walk the recurrence twice, so they must be many; and short ones are not worth the extra launches.
+MIN_SEGMENTS = 4
+MIN_CHUNKS_PER_SEGMENT = 8
 
 
 class Chunks(NamedTuple):
@@ -64,6 +87,8 @@ class Chunks(NamedTuple):
     sequences: int
     per_row: int
     total: int
+    segments: int  # of each sequence, whose states are computed side by side
+    per_segment: int
     bounds: torch.Tensor | None = None  # (sequences + 1,) tokens
     first: torch.Tensor | None = None  # (sequences + 1,) first chunk of each sequence
     sequence: torch.Tensor | None = None  # (total,)
@@ -73,11 +98,14 @@ class Chunks(NamedTuple):
         return self.bounds, self.first, self.sequence
 
     @classmethod
-    def cut(cls, q: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> "Chunks":
-        batch, length = q.shape[:2]
+    def cut(cls, q: torch.Tensor, cu_seqlens: torch.Tensor | None, plan: Plan) -> "Chunks":
+        batch, length, heads = q.shape[:3]
+        chunk_size = plan.chunk_size
         if cu_seqlens is None:
             per_row = triton.cdiv(length, chunk_size)
-            return cls(batch, per_row, batch * per_row)
+            segments = min(plan.full // (batch * heads), per_row // MIN_CHUNKS_PER_SEGMENT)
+            per_segment = triton.cdiv(per_row, segments) if segments >= MIN_SEGMENTS else per_row
+            return cls(batch, per_row, batch * per_row, triton.cdiv(per_row, per_segment), per_segment)
         sequences = cu_seqlens.shape[0] - 1
         total = length // chunk_size + sequences
         bounds = cu_seqlens.to(torch.int32)
@@ -85,11 +113,11 @@ class Chunks(NamedTuple):
         first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         chunk = torch.arange(total, dtype=torch.int32, device=q.device)
         sequence = torch.searchsorted(first[1:], chunk, right=True, out_int32=True).clamp_max_(sequences - 1)
-        return cls(sequences, total, total, bounds, first, sequence)
+        return cls(sequences, total, total, 1, total, bounds, first, sequence)
 
 
 class Gates(NamedTuple):
-    """What `gate_kernel` makes of the gates: (B, H, T) and, per chunk, (chunks, H)."""
+    """What `gate_kernel` and `border_kernel` make of the gates: (B, H, T) and, per chunk, (chunks, H)."""
 
     coarse: torch.Tensor
     fine: torch.Tensor
@@ -99,10 +127,16 @@ class Gates(NamedTuple):
     segment: torch.Tensor
     chunk_decay: torch.Tensor
     chunk_m: torch.Tensor
+    m: torch.Tensor
+    m_next: torch.Tensor
 
     @property
     def per_pair(self) -> tuple[torch.Tensor, ...]:
         return self.coarse, self.fine, self.log_i, self.m_local, self.segment
+
+    @property
+    def borders(self) -> tuple[torch.Tensor, ...]:
+        return self.chunk_decay, self.m, self.m_next
 
 
 class Rows(NamedTuple):
@@ -133,40 +167,43 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan: Plan):
-    """h and s = n.q. `initial` and `final` are (c, n, m), each a triple of None where there is none."""
-    chunks = Chunks.cut(q, cu_seqlens, plan.chunk_size)
-    gates = _run_gates(igate, fgate, mask, chunks, plan)
-    states = _run_states(k, v, gates, initial, final, chunks, plan)
-    scores, read, s = _run_scores(q, k, gates, states, scale, eps, chunks, plan)
-    return _run_outputs(q, v, scores, read, gates, states[0], chunks, plan), s
+    """h, s = n.q, and C, n at the chunk borders. `initial` and `final` are (c, n, m), a triple of None where there is
+    none."""
+    chunks = Chunks.cut(q, cu_seqlens, plan)
+    gates = _run_gates(igate, fgate, mask, initial[2], final[2], chunks, plan)
+    states = _run_states(k, v, gates, initial[:2], final[:2], chunks, plan)
+    scores, read, s = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
+    return _run_outputs(q, v, scores, read, gates, states[0], chunks, plan), s, states
 
 
 def backward(
-    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, h, s, scale, eps, plan: Plan
+    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, h, s, scale, eps, plan: Plan
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`."""
-    chunks = Chunks.cut(q, cu_seqlens, plan.chunk_size)
-    gates = _run_gates(igate, fgate, mask, chunks, plan)
-    states = _run_states(k, v, gates, initial, (None, None, None), chunks, plan)
-    rows = _run_rows(h, dh, s, gates, states[2], scale, eps, chunks, plan)
-    dstates = _run_state_gradients(q, dh, gates, rows, states[2], dfinal, dinitial, chunks, plan)
+    """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`. `states` are those of `forward`, or
+    None to compute them again."""
+    chunks = Chunks.cut(q, cu_seqlens, plan)
+    gates = _run_gates(igate, fgate, mask, initial[2], None, chunks, plan)
+    if states is None:
+        states = _run_states(k, v, gates, initial[:2], (None, None), chunks, plan)
+    rows = _run_rows(h, dh, s, gates, scale, eps, chunks, plan)
+    dstates = _run_state_gradients(q, dh, gates, rows, dfinal, dinitial, chunks, plan)
     scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, gates, rows, scale, chunks, plan)
-    dv = _run_value_gradients(k, dh, scores, gates, states[2], dstates[0], chunks, plan)
+    dv = _run_value_gradients(k, dh, scores, gates, dstates[0], chunks, plan)
     dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, gates, rows, states, dstates, chunks, plan)
     return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
 
 
-def _run_gates(igate, fgate, mask, chunks: Chunks, plan: Plan) -> Gates:
+def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Plan) -> Gates:
     B, T, H = igate.shape
     coarse, segment = (torch.empty(B, H, T, dtype=torch.int32, device=igate.device) for _ in range(2))
     floats = (torch.empty(B, H, T, dtype=torch.float32, device=igate.device) for _ in range(4))
-    per_chunk = (torch.empty(chunks.total, H, dtype=torch.float32, device=igate.device) for _ in range(2))
+    per_chunk = (torch.empty(chunks.total, H, dtype=torch.float32, device=igate.device) for _ in range(4))
     gates = Gates(coarse, *floats, segment, *per_chunk)
     kernels.gate_kernel[(chunks.total * H,)](
         igate,
         fgate,
         mask,
-        *gates,
+        *gates[:-2],
         *chunks.tables,
         T,
         chunks.per_row,
@@ -177,43 +214,83 @@ def _run_gates(igate, fgate, mask, chunks: Chunks, plan: Plan) -> Gates:
         L=plan.chunk_size,
         num_warps=1,
     )
+    kernels.border_kernel[(chunks.sequences * H,)](
+        gates.chunk_decay,
+        gates.chunk_m,
+        m_initial,
+        gates.m,
+        gates.m_next,
+        m_final,
+        *chunks.tables[:2],
+        T,
+        chunks.per_row,
+        H=H,
+        L=plan.chunk_size,
+        BLOCK=128,
+        num_warps=1,
+    )
     return gates
+
+
+def chunk_states(q, v, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for C and n, or their gradients, at every chunk border."""
+    H, K, V = *q.shape[2:], v.shape[-1]
+    c = q.new_empty(chunks, H, K, V, dtype=_state_dtype(q.dtype))
+    return c, q.new_empty(chunks, H, K, dtype=torch.float32)
+
+
+def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, q, v, backwards: bool):
+    """The recurrence over the state from chunk to chunk, by `state_kernel` or `state_gradient_kernel`: the state at
+    every border, and the one at the end in `final`. Segments of a sequence first run on their own, each from zero; put
+    together, that is where the second run begins."""
+    H, K, V = *q.shape[2:], v.shape[-1]
+    blocks = plan.state
+    parts = chunks.sequences * chunks.segments
+
+    def run(start, borders, end, decay):
+        kernel[(parts * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)](
+            *inputs,
+            *start,
+            *borders,
+            *end,
+            decay,
+            *chunks.tables[:2],
+            q.shape[1],
+            chunks.per_row,
+            chunks.segments,
+            chunks.per_segment,
+            *strides,
+            H=H,
+            K=K,
+            V=V,
+            L=plan.chunk_size,
+            **blocks._asdict(),
+            **_dot_options(q.dtype),
+        )
+
+    borders = chunk_states(q, v, chunks.total)
+    if chunks.segments > 1:
+        shapes = (parts, H, K, V), (parts, H, K), (parts, H)
+        *segments, decay = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+        run((None, None), (None, None), segments, decay)
+        for state, start, end, size in zip(segments, initial, final, (K * V, K)):
+            block = min(1024, triton.next_power_of_2(size))
+            kernels.combine_kernel[(chunks.sequences * H * triton.cdiv(size, block),)](
+                state, decay, start, end, chunks.segments, H=H, N=size, BLOCK=block, BACKWARDS=backwards, num_warps=4
+            )
+        initial, final = segments, (None, None)
+    run(initial, borders, final, None)
+    return borders
 
 
 def _run_states(k, v, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """The state that enters each chunk; the last one goes to `final`."""
-    T, H, K, V = *k.shape[1:], v.shape[-1]
-    c = torch.empty(chunks.total, H, K, V, dtype=_state_dtype(k.dtype), device=k.device)
-    n = torch.empty(chunks.total, H, K, dtype=torch.float32, device=k.device)
-    m = torch.empty(chunks.total, H, dtype=torch.float32, device=k.device)
-    blocks = plan.state
-    kernels.state_kernel[(chunks.sequences * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)](
-        k,
-        v,
-        gates.log_w,
-        gates.chunk_decay,
-        gates.chunk_m,
-        *initial,
-        c,
-        n,
-        m,
-        *final,
-        *chunks.tables[:2],
-        T,
-        chunks.per_row,
-        *_strides(k),
-        *_strides(v),
-        H=H,
-        K=K,
-        V=V,
-        L=plan.chunk_size,
-        **blocks._asdict(),
-        **_dot_options(k.dtype),
-    )
-    return c, n, m
+    inputs = (k, v, gates.log_w, *gates.borders)
+    strides = (*_strides(k), *_strides(v))
+    return _walk(kernels.state_kernel, inputs, strides, initial, final, chunks, plan, k, v, backwards=False)
 
 
-def _run_scores(q, k, gates: Gates, states, scale, eps, chunks: Chunks, plan: Plan):
+def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
     B, T, H, K = q.shape
     L, (BK, _, num_warps, num_stages) = plan.chunk_size, plan.score
     scores = torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device)
@@ -222,7 +299,8 @@ def _run_scores(q, k, gates: Gates, states, scale, eps, chunks: Chunks, plan: Pl
         q,
         k,
         *gates.per_pair,
-        *states[1:],
+        n,
+        gates.m,
         scores,
         read,
         s,
@@ -276,7 +354,7 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     s = torch.empty(B, H, T, dtype=torch.float32, device=v.device)
     BK = triton.next_power_of_2(K)
-    BV = min(triton.next_power_of_2(V), max(16, min(64, 8192 // BK)))
+    BV = min(triton.next_power_of_2(V), max(16, min(32, 8192 // BK)))
     kernels.recurrent_kernel[(B * H * triton.cdiv(V, BV),)](
         q,
         k,
@@ -307,7 +385,7 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
     return h, s
 
 
-def _run_rows(h, dh, s, gates: Gates, m, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
+def _run_rows(h, dh, s, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
     B, T, H, V = h.shape
     rows = Rows(*(torch.empty(B, H, T, dtype=torch.float32, device=h.device) for _ in range(4)))
     backward_kernels.row_kernel[(chunks.total * H,)](
@@ -318,7 +396,7 @@ def _run_rows(h, dh, s, gates: Gates, m, scale, eps, chunks: Chunks, plan: Plan)
         gates.fine,
         gates.m_local,
         gates.segment,
-        m,
+        gates.m,
         *rows,
         *chunks.tables,
         T,
@@ -334,39 +412,11 @@ def _run_rows(h, dh, s, gates: Gates, m, scale, eps, chunks: Chunks, plan: Plan)
     return rows
 
 
-def _run_state_gradients(q, dh, gates: Gates, rows: Rows, m, dfinal, dinitial, chunks: Chunks, plan: Plan):
+def _run_state_gradients(q, dh, gates: Gates, rows: Rows, dfinal, dinitial, chunks: Chunks, plan: Plan):
     """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
-    T, H, K, V = *q.shape[1:], dh.shape[-1]
-    dc = torch.empty(chunks.total, H, K, V, dtype=_state_dtype(q.dtype), device=q.device)
-    dn = torch.empty(chunks.total, H, K, dtype=torch.float32, device=q.device)
-    blocks = plan.state
-    backward_kernels.state_gradient_kernel[
-        (chunks.sequences * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)
-    ](
-        q,
-        dh,
-        rows.read,
-        rows.x,
-        gates.segment,
-        gates.chunk_decay,
-        gates.chunk_m,
-        m,
-        *dfinal,
-        dc,
-        dn,
-        *dinitial,
-        *chunks.tables[:2],
-        T,
-        chunks.per_row,
-        *_strides(q),
-        H=H,
-        K=K,
-        V=V,
-        L=plan.chunk_size,
-        **blocks._asdict(),
-        **_dot_options(q.dtype),
-    )
-    return dc, dn
+    inputs = (q, dh, rows.read, rows.x, gates.segment, *gates.borders)
+    kernel = backward_kernels.state_gradient_kernel
+    return _walk(kernel, inputs, _strides(q), dfinal, dinitial, chunks, plan, q, dh, backwards=True)
 
 
 def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
@@ -424,8 +474,7 @@ def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, d
         rows.x,
         gates.log_w,
         gates.segment,
-        gates.chunk_decay,
-        gates.chunk_m,
+        *gates.borders,
         *states,
         *dstates,
         dq,
@@ -451,7 +500,7 @@ def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, d
     return dq, dk, (q_dq, k_dk, cross)
 
 
-def _run_value_gradients(k, dh, scores, gates: Gates, m, dc, chunks: Chunks, plan: Plan):
+def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: Plan):
     T, H, K, V = *k.shape[1:], dh.shape[-1]
     dv = torch.empty_like(dh)
     backward_kernels.value_gradient_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
@@ -460,9 +509,7 @@ def _run_value_gradients(k, dh, scores, gates: Gates, m, dc, chunks: Chunks, pla
         scores,
         gates.log_w,
         gates.segment,
-        gates.chunk_decay,
-        gates.chunk_m,
-        m,
+        gates.m_next,
         dc,
         dv,
         *chunks.tables,
