@@ -1,19 +1,25 @@
-"""What the GPU benchmarks share: timing, memory, and the header of a results file."""
+"""What the GPU benchmarks share: the loop over measurements, timing, memory, and the header of a results file."""
 
+import argparse
+import gc
 import importlib.metadata
 import json
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import triton
+from transformers import PreTrainedModel
 from transformers.utils import is_xlstm_available
 
 
+DEVICE = "cuda"
+OURS = "hf_xlstm"
 # The in-tree xLSTM runs plain PyTorch by itself, and these kernels where the `xlstm` package is installed.
 IN_TREE_KERNELS = {
     "chunkwise_kernel": "chunkwise--triton_xl_chunk",
@@ -43,6 +49,51 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+# A measurement: what it is called, and the function that gives its numbers.
+Job = tuple[dict, Callable[[], dict]]
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--minutes", type=float, default=8, help="start no measurement after this long (%(default)s)")
+    return parser
+
+
+def measure(jobs: Iterable[Job], args: argparse.Namespace) -> int:
+    """Prints and writes row by row. A failure is a row too and stops nothing; returns 1 if one of ours failed."""
+    rows, deadline = [], time.monotonic() + args.minutes * 60
+    for name, job in jobs:
+        if time.monotonic() > deadline:
+            row = name | {"skipped": "out of time"}
+        else:
+            try:
+                row = name | job()
+            except Exception as error:
+                row = name | {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        rows.append(row)
+        write_results(args.json, rows)  # what was measured survives an interruption
+    return int(any("failed" in row and OURS in row.values() for row in rows))
+
+
+def model_jobs(name: dict, build: Callable[[], PreTrainedModel], jobs: Callable[[PreTrainedModel], Iterator[Job]]):
+    """Loading a model is a measurement too; the others follow only if it could be built."""
+    models = []
+
+    def load() -> dict:
+        torch.compiler.reset()  # what is compiled keeps its model alive
+        gc.collect()
+        torch.cuda.empty_cache()
+        models.append(build())
+        return {"parameters": sum(p.numel() for p in models[0].parameters())}
+
+    yield name | {"measure": "load"}, load
+    if models:
+        for row, job in jobs(models.pop()):
+            yield name | row, job
 
 
 def write_results(path: Path | None, rows: list[dict]) -> None:
@@ -79,7 +130,3 @@ def peak_gigabytes(function: Callable[[], object]) -> float:
     function()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-def print_row(row: dict) -> None:
-    print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)

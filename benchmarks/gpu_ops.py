@@ -1,25 +1,35 @@
 """The mLSTM op on one GPU: correctness, then time and memory beside other kernels.
 
-    python benchmarks/gpu_ops.py --json results/gpu_ops.json
+    python benchmarks/gpu_ops.py --json results/gpu_ops.json [--variants]
 
-Sequences of S tokens, 65,536 in all, bf16; forward and forward+backward; then decode steps inside a CUDA graph.
-Every configuration of ours is checked against float64 before it is timed; a wrong one ends the run. Baselines run
-where they are installed: mlstm-kernels (TFLA), flash-linear-attention (simple GLA), and the attention of torch.
+Sequences of S tokens, 65,536 in all, bf16; forward and forward+backward; then decode steps inside a CUDA graph. Ours
+come first, each configuration checked against float64 before it is timed. Baselines run where they are installed:
+mlstm-kernels (TFLA), flash-linear-attention (simple GLA), and the attention of torch. `--variants` measures what the
+launch plan could have chosen, instead of the baselines.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_common import milliseconds, milliseconds_cold_allocator, peak_gigabytes, print_row, write_results
+from gpu_common import (
+    DEVICE,
+    OURS,
+    Job,
+    argument_parser,
+    measure,
+    milliseconds,
+    milliseconds_cold_allocator,
+    peak_gigabytes,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_xlstm.ops import mlstm, mlstm_step
+from hf_xlstm.ops import mlstm, mlstm_step, mlstm_triton
+from hf_xlstm.ops import mlstm_triton_launch as launch
 
 
 TOKENS = 65_536
@@ -29,6 +39,14 @@ ATTENTION_SHAPE = (32, 128)  # heads, head dim: the attention of a 7B Transforme
 STEP_BATCHES = [1, 8, 64, 1024]
 L2_BYTES = 50e6
 BOUNDS = {"h": 1e-2, "q": 3e-2, "k": 3e-2, "v": 1.5e-2, "igate": 3e-2, "fgate": 5e-2}
+
+# What the launch plan decides, decided otherwise: module, name, value.
+VARIANTS = {
+    "chunks of 64": (launch.GPU, "of", lambda device: launch.GPU(hopper=False, processors=132)),
+    "saved states": (mlstm_triton, "SAVE_STATES", True),
+    "no segments": (launch, "MIN_SEGMENTS", 10**9),
+    "two segments or more": (launch, "MIN_SEGMENTS", 2),
+}
 
 Inputs = dict[str, torch.Tensor]
 
@@ -59,9 +77,8 @@ def check(inputs: Inputs, dh: torch.Tensor) -> dict[str, float]:
         for name, (ours, theirs) in pairs.items():
             ours = ours.detach()[row, :, head, None][None]
             errors[name] = max(errors[name], relative_error(ours, theirs.detach()))
-    for name, bound in BOUNDS.items():
-        if not errors[name] <= bound:
-            sys.exit(f"wrong result, nothing timed: {name} is off by {errors[name]:.1e}, allowed {bound}")
+    if not all(errors[name] <= bound for name, bound in BOUNDS.items()):
+        raise ValueError(f"wrong result, not timed: {errors}, allowed {BOUNDS}")
     return errors
 
 
@@ -73,9 +90,16 @@ def ours(inputs: Inputs):
 
 
 def tfla(inputs: Inputs):
+    """As its README shows."""
     from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 
-    config = mLSTMBackendConfig(chunkwise_kernel="chunkwise--triton_xl_chunk", chunk_size=128)
+    config = mLSTMBackendConfig(
+        chunkwise_kernel="chunkwise--triton_xl_chunk",
+        sequence_kernel="native_sequence__triton",
+        step_kernel="triton",
+        chunk_size=128,
+        return_last_states=False,
+    )
     backend = mLSTMBackend(config)
     leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs.values()]
     return lambda: backend(**dict(zip("qkvif", leaves, strict=True))), leaves
@@ -100,24 +124,37 @@ def attention(backend: SDPBackend, inputs: Inputs):
     return forward, leaves
 
 
-def sequence_rows() -> Iterator[dict]:
-    for i, (H, K, V) in enumerate(SHAPES):
-        contestants: dict[str, Callable] = {"ours": ours, "tfla": tfla, "simple_gla": simple_gla}
-        if i == 0:  # does not depend on the shape
-            contestants["flash_attention_2"] = functools.partial(attention, SDPBackend.FLASH_ATTENTION)
-            contestants["cudnn_attention"] = functools.partial(attention, SDPBackend.CUDNN_ATTENTION)
+BASELINES: dict[str, Callable] = {"tfla": tfla, "simple_gla": simple_gla}
+ATTENTION: dict[str, Callable] = {  # does not depend on the shape
+    "flash_attention_2": functools.partial(attention, SDPBackend.FLASH_ATTENTION),
+    "cudnn_attention": functools.partial(attention, SDPBackend.CUDNN_ATTENTION),
+}
+
+
+def jobs(variants: bool) -> Iterator[Job]:
+    yield from sequence_jobs({OURS: ours})
+    for B in STEP_BATCHES:
+        yield {"op": "step", "kernel": OURS, "batch": B}, functools.partial(time_step, B, *SHAPES[0])
+    if not variants:
+        yield from sequence_jobs(BASELINES, ATTENTION)
+    for name in VARIANTS if variants else ():
+        with mock.patch.object(*VARIANTS[name]):
+            for row, job in sequence_jobs({OURS: ours}):
+                yield row | {"variant": name}, job
+
+
+def sequence_jobs(contestants: dict[str, Callable], for_first_shape: dict[str, Callable] | None = None):
+    for H, K, V in SHAPES:
         for S in LENGTHS:
-            inputs = make_inputs(S, H, K, V)
-            dh = torch.randn_like(inputs["v"])
-            yield {"op": "sequence", "kernel": "ours", "H": H, "K": K, "V": V, "S": S, "errors": check(inputs, dh)}
-            for name, make in contestants.items():
+            for name, make in (contestants | (for_first_shape or {} if SHAPES[0] == (H, K, V) else {})).items():
                 row = {"op": "sequence", "kernel": name, "H": H, "K": K, "V": V, "S": S}
-                try:
-                    yield row | time_sequence(*make(inputs))
-                except Exception as error:  # a baseline that is missing or fails is a row too
-                    if name == "ours":
-                        raise
-                    yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
+                yield row, functools.partial(sequence_row, make, S, H, K, V)
+
+
+def sequence_row(make: Callable, S: int, H: int, K: int, V: int) -> dict:
+    inputs = make_inputs(S, H, K, V)
+    errors = {"errors": check(inputs, torch.randn_like(inputs["v"]))} if make is ours else {}
+    return errors | time_sequence(*make(inputs))
 
 
 def time_sequence(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> dict[str, float]:
@@ -139,11 +176,6 @@ def time_sequence(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor
     }
 
 
-def step_rows() -> Iterator[dict]:
-    for B in STEP_BATCHES:
-        yield {"op": "step", "kernel": "ours", "batch": B} | time_step(B, *SHAPES[0])
-
-
 def time_step(B: int, H: int, K: int, V: int) -> dict:
     """One decode step of one layer, in place, as in a model: other layers' states push this one's out of the cache."""
     state_bytes = 4 * B * H * K * V
@@ -160,7 +192,7 @@ def time_step(B: int, H: int, K: int, V: int) -> dict:
     shift = torch.exp(m - expected_m)[..., None, None]
     errors = {"h": relative_error(h, expected_h), "c": relative_error(c * shift, expected_c)}
     if not (errors["h"] <= BOUNDS["h"] and errors["c"] <= 1e-5):
-        sys.exit(f"wrong result, nothing timed: {errors}")
+        raise ValueError(f"wrong result, not timed: {errors}")
 
     def steps():
         for state in states:
@@ -170,19 +202,14 @@ def time_step(B: int, H: int, K: int, V: int) -> dict:
     return {"H": H, "K": K, "V": V, "us": us, "tb_per_s": 2 * state_bytes / us / 1e6, "errors": errors}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--variants", action="store_true", help="what the launch plan could have chosen")
     args = parser.parse_args()
-    torch.set_default_device("cuda")
+    torch.set_default_device(DEVICE)
     torch.manual_seed(0)
-    rows = []
-    for make_rows in (sequence_rows, step_rows):
-        for row in make_rows():
-            print_row(row)
-            rows.append(row)
-            write_results(args.json, rows)  # row by row: what was measured survives an interruption
+    return measure(jobs(args.variants), args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,6 +35,7 @@ QUICK = [("bf16", 256, 512)]
 ALL = [("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200), (9, 33)]] + [
     (dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]
 ]
+MEASURES = ("registers", "shared", "spill")
 LENGTHS = [17, 64, 100, 1000, 4097]
 SEGMENTED = 8192  # a length of several segments, given enough processors
 
@@ -186,21 +187,36 @@ def check(configurations: list[tuple[str, int, int]], architectures: list[str]) 
                 report = compile_launch(item, ARCHITECTURES[architecture])
                 found = violations(item, architecture, report)
                 failures += len(found)
-                row = {"kernel": item.kernel.__name__, "architecture": architecture, "dtype": dtype, "K": K, "V": V}
+                row = {"architecture": architecture, "kernel": item.kernel.__name__, "dtype": dtype, "K": K, "V": V}
                 rows.append(row | report)
                 print("FAIL" if found else "ok  ", *(f"{k}={v}" for k, v in rows[-1].items()), *found, flush=True)
     return rows, failures
+
+
+def write_worst(path: Path, rows: list[dict]) -> None:
+    """What each kernel takes at most on each GPU, merged into the file."""
+    worst = {}
+    for row in rows:
+        case = worst.setdefault(f"{row['architecture']} {row['kernel']}", {"compilations": 0})
+        case["compilations"] += 1
+        for name in MEASURES:
+            case[name] = max(case.get(name, 0), row[name])
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("triton") != triton.__version__:
+        results = {"triton": triton.__version__, "worst": {}}
+    results["worst"] |= worst
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only head dims 256/512, bfloat16, on Hopper")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES])
-    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="write the worst cases here, beside those of other runs")
     args = parser.parse_args()
     rows, failures = check(QUICK, ["sm_90"]) if args.quick else check(ALL, args.architectures)
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+        write_worst(args.json, rows)
     print(f"{len(rows)} compilations, {failures} limits crossed")
     return 1 if failures else 0
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
@@ -275,6 +276,15 @@ def test_gradient_regimes(gates, dtype):
     check_gradients(make_inputs(2, 130, 1, 24, 40, dtype, gates), tolerance)
 
 
+def test_gradients_through_a_checkpoint():
+    inputs = make_inputs(1, 70, 2, 16, 24)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    checkpoint(lambda *x: run(mlstm_triton, x)[0], *leaves, use_reentrant=False).square().sum().backward()
+    expected = [x.detach().requires_grad_() for x in inputs]
+    run(mlstm_triton, expected)[0].square().sum().backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaves, expected, strict=True))
+
+
 @pytest.mark.parametrize("with_state", [True, False])
 def test_gradients_from_h_alone(with_state):
     state = make_state(1, 2, 16, 24) if with_state else None
@@ -456,7 +466,7 @@ def test_unsupported_gpus(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda _, properties=properties: Namespace(**properties)
         )
-        reasons[name] = _unsupported_gpu.__wrapped__(torch.device("cuda"))
+        reasons[name] = _unsupported_gpu(torch.device("cuda"))
     assert reasons["Ada"] is None and reasons["MI300"] is None
     assert "7.5" in reasons["Turing"] and "gfx1100" in reasons["Radeon"]
 
@@ -493,7 +503,9 @@ def test_step_operator_contract():
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks_for_any_length():
+@pytest.mark.parametrize("save_states", [True, False])
+def test_compiles_without_graph_breaks_for_any_length(monkeypatch, save_states):
+    monkeypatch.setattr("hf_xlstm.ops.mlstm_triton.SAVE_STATES", save_states)
     graphs = 0
 
     def backend(module, _):

@@ -5,7 +5,6 @@ The kernels are registered as three operators that torch.compile sees as black b
 """
 
 import contextlib
-import functools
 import os
 
 import torch
@@ -33,7 +32,6 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
     return None if launch.INTERPRETED else _unsupported_gpu(q.device)
 
 
-@functools.cache
 def _unsupported_gpu(device: torch.device) -> str | None:
     """The GPUs for which benchmarks/kernel_resources.py compiles every kernel, and those that run the same code."""
     properties = torch.cuda.get_device_properties(device)

@@ -55,6 +55,10 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
 
     Nothing here depends on B and T: one compilation serves all lengths. What each choice takes in registers and in
     shared memory is what benchmarks/kernel_resources.py reports.
+
+    C goes through memory, although one program could walk a sequence with its columns of C in registers and save that
+    traffic. At K = 256 a Hopper holds 32 such columns besides what it prefetches: at V = 512, q and k would be read 16
+    times, four times what is saved.
     """
     K, V = q.shape[-1], v.shape[-1]
     if q.dtype != torch.bfloat16:
