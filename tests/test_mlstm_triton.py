@@ -198,6 +198,16 @@ def test_packed_sequences(dtype):
         assert_states_close(tuple(x[row : row + 1] for x in final), double(alone_state), 1e-6)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_many_chunks(monkeypatch, packed):
+    """So many that m at their borders is computed block by block."""
+    monkeypatch.setattr(launch, "BORDER_BLOCK", 2)
+    inputs = make_inputs(1, 270, 2, 16, 16)
+    inputs[4].add_(5)  # or nothing would reach from block to block
+    options = {"cu_seqlens": torch.tensor([0, 201, 201, 270], device=DEVICE)} if packed else {}
+    check_forward(inputs, 1e-5, initial_state=make_state(3 if packed else 1, 2, 16, 16), **options)
+
+
 def test_two_halves_make_the_whole():
     inputs = make_inputs(2, 100, 2, 16, 24)
     h, final = run(mlstm_triton, inputs, output_final_state=True)

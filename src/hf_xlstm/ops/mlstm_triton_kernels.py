@@ -39,7 +39,7 @@ BARRIER = tl.constexpr(1 << 23)  # below the lowest sum of a chunk: 128 tokens, 
 LOWEST = tl.constexpr(-1e4)
 TINY = tl.constexpr(1e-37)  # 1 / TINY is finite
 # Run-time values that change with T, which no kernel is specialised on. The strides of q, k and v may too, but are
-# left to Triton: known to be multiples of 16, as they are for usual head dims, they keep loads wide.
+# left to Triton: known to be multiples of 16, as they are where H K and H V are, they keep loads wide.
 PER_CALL = ["T", "chunks_per_row", "segments", "chunks_per_segment"]
 GATE_STRIDES = [f"stride_{name}" for name in ("ib", "it", "ih", "fb", "ft", "fh", "mb", "mt")]
 

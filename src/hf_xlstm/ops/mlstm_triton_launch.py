@@ -82,6 +82,7 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
 # Segments walk the recurrence twice, so they must be many; and short ones are not worth the extra launches.
 MIN_SEGMENTS = 4
 MIN_CHUNKS_PER_SEGMENT = 8
+BORDER_BLOCK = 128  # chunks whose m are computed at a time
 
 
 class Chunks(NamedTuple):
@@ -230,7 +231,7 @@ def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Pla
         chunks.per_row,
         H=H,
         L=plan.chunk_size,
-        BLOCK=128,
+        BLOCK=BORDER_BLOCK,
         num_warps=1,
     )
     return gates
