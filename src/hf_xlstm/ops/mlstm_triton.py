@@ -16,8 +16,8 @@ from .mlstm_reference import MLSTMState
 MAX_HEAD_DIM = 512
 # Up to this length one pass of the recurrence over the state costs no more than the chunkwise kernels.
 MAX_RECURRENT = 16
-# The backward pass needs the state at every chunk border. By default it computes these states again, about a tenth of
-# its time; kept from the forward pass (HF_XLSTM_SAVE_STATES=1) they double what a layer keeps in memory.
+# The backward pass needs the state at every chunk border, and by default computes it again. For 65,536 tokens, 8 heads
+# of 256 x 512 and bfloat16 that moves 1.9 GB; kept from the forward pass (HF_XLSTM_SAVE_STATES=1) they take 1.1 GB.
 SAVE_STATES = os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
 
 

@@ -61,14 +61,15 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     times, four times what is saved.
     """
     K, V = q.shape[-1], v.shape[-1]
+    aligned = K % 16 == V % 16 == 0
     if q.dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
         score_warps = 8 if q.dtype == torch.float32 else 4
         length, state, score, output = 64, (32, 64, 8, 2), (32, 32, score_warps, 2), (32, 64, 8, 2)
-    elif gpu.hopper and K * V > 64 * 64 and K % 16 == V % 16 == 0:
+    elif gpu.hopper and K * V > 64 * 64 and aligned:
         length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
-        length, state, score, output = 64, (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3)
+        length, state, score, output = 64, (64, 64, 4, 3 if aligned else 2), (64, 64, 4, 2), (32, 128, 4, 3)
 
     def fit(BK: int, BV: int, num_warps: int, num_stages: int) -> Blocks:
         widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
@@ -244,11 +245,12 @@ def chunk_states(q, v, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     return c, q.new_empty(chunks, H, K, dtype=torch.float32)
 
 
-def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, q, v, backwards: bool):
+def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, backwards: bool):
     """The recurrence over the state from chunk to chunk, by `state_kernel` or `state_gradient_kernel`: the state at
     every border, and the one at the end in `final`. Segments of a sequence first run on their own, each from zero; put
     together, that is where the second run begins."""
-    H, K, V = *q.shape[2:], v.shape[-1]
+    k, v = inputs[:2]  # or q and dh
+    T, H, K, V = *k.shape[1:], v.shape[-1]
     blocks = plan.state
     parts = chunks.sequences * chunks.segments
 
@@ -260,7 +262,7 @@ def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, q
             *end,
             decay,
             *chunks.tables[:2],
-            q.shape[1],
+            T,
             chunks.per_row,
             chunks.segments,
             chunks.per_segment,
@@ -270,13 +272,13 @@ def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, q
             V=V,
             L=plan.chunk_size,
             **blocks._asdict(),
-            **_dot_options(q.dtype),
+            **_dot_options(k.dtype),
         )
 
-    borders = chunk_states(q, v, chunks.total)
+    borders = chunk_states(k, v, chunks.total)
     if chunks.segments > 1:
         shapes = (parts, H, K, V), (parts, H, K), (parts, H)
-        *segments, decay = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+        *segments, decay = (torch.empty(shape, dtype=torch.float32, device=k.device) for shape in shapes)
         run((None, None), (None, None), segments, decay)
         for state, start, end, size in zip(segments, initial, final, (K * V, K)):
             block = min(1024, triton.next_power_of_2(size))
@@ -292,7 +294,7 @@ def _run_states(k, v, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """The state that enters each chunk; the last one goes to `final`."""
     inputs = (k, v, gates.log_w, *gates.borders)
     strides = (*_strides(k), *_strides(v))
-    return _walk(kernels.state_kernel, inputs, strides, initial, final, chunks, plan, k, v, backwards=False)
+    return _walk(kernels.state_kernel, inputs, strides, initial, final, chunks, plan, backwards=False)
 
 
 def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
@@ -421,7 +423,7 @@ def _run_state_gradients(q, dh, gates: Gates, rows: Rows, dfinal, dinitial, chun
     """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
     inputs = (q, dh, rows.read, rows.x, gates.segment, *gates.borders)
     kernel = backward_kernels.state_gradient_kernel
-    return _walk(kernel, inputs, _strides(q), dfinal, dinitial, chunks, plan, q, dh, backwards=True)
+    return _walk(kernel, inputs, _strides(q), dfinal, dinitial, chunks, plan, backwards=True)
 
 
 def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
