@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up"""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
