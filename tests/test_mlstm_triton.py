@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 
 from hf_xlstm.ops import mlstm_triton_launch as launch
 from hf_xlstm.ops.mlstm_reference import mlstm_recurrent, mlstm_recurrent_step
-from hf_xlstm.ops.mlstm_triton import _unsupported_gpu, mlstm_step_triton, mlstm_triton, unsupported_reason
+from hf_xlstm.ops.mlstm_triton import mlstm_step_triton, mlstm_triton, unsupported_reason
+from hf_xlstm.ops.triton_common import unsupported_gpu
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -476,7 +477,7 @@ def test_unsupported_gpus(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda _, properties=properties: Namespace(**properties)
         )
-        reasons[name] = _unsupported_gpu(torch.device("cuda"))
+        reasons[name] = unsupported_gpu(torch.device("cuda"))
     assert reasons["Ada"] is None and reasons["MI300"] is None
     assert "7.5" in reasons["Turing"] and "gfx1100" in reasons["Radeon"]
 

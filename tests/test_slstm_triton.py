@@ -302,6 +302,6 @@ def test_unsupported_reason(monkeypatch):
     assert unsupported_reason(gates, gates) is None
     assert "float64" in unsupported_reason(gates.double(), gates)
     assert "512" in unsupported_reason(gates.new_empty(1, 1, 4, 1, 513), gates)
-    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.INTERPRETED", False)
+    monkeypatch.setattr("hf_xlstm.ops.triton_common.INTERPRETED", False)
     if DEVICE == "cpu":
         assert "GPU" in unsupported_reason(gates, gates)

@@ -4,16 +4,15 @@ The kernels are registered as three operators that torch.compile sees as black b
 `hf_xlstm::mlstm_backward` and the in-place `hf_xlstm::mlstm_step`.
 """
 
-import contextlib
 import os
 
 import torch
 
 from . import mlstm_triton_launch as launch
+from . import triton_common as common
 from .mlstm_reference import MLSTMState
 
 
-MAX_HEAD_DIM = 512
 # Up to this length one pass of the recurrence over the state costs no more than the chunkwise kernels.
 MAX_RECURRENT = 16
 # The backward pass needs the state at every chunk border, and by default computes it again. For 65,536 tokens, 8 heads
@@ -23,35 +22,12 @@ SAVE_STATES = os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
 
 def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why these tensors cannot run here, or None."""
-    if q.device.type != "cuda" and not launch.INTERPRETED:
-        return f"it needs a GPU, the tensors are on {q.device}"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it computes in float32, bfloat16 and float16, not {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        return f"head dims go up to {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
-    return None if launch.INTERPRETED else _unsupported_gpu(q.device)
-
-
-def _unsupported_gpu(device: torch.device) -> str | None:
-    """The GPUs for which benchmarks/kernel_resources.py compiles every kernel, and those that run the same code."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None:
-        if properties.major >= 8:
-            return None
-        return f"it needs compute capability 8.0, the GPU has {properties.major}.{properties.minor}"
-    architecture = properties.gcnArchName.split(":")[0]
-    return None if architecture == "gfx942" else f"of AMD's GPUs it is compiled for gfx942, not {architecture}"
+    return common.unsupported_reason(q, q.shape[-1], v.shape[-1])
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Kernels take any strides but the last: a head's features must lie side by side, as projections produce them. And
-    the tokens of one chunk must lie within 2^31 elements."""
-    side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if side_by_side and x.stride(1) < 2**31 // launch.MAX_CHUNK else x.contiguous()
-
-
-def _on_device(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """The tokens of one chunk must lie within 2^31 elements."""
+    return common.dense(x) if x.stride(1) < 2**31 // launch.MAX_CHUNK else x.contiguous()
 
 
 @torch.library.custom_op("hf_xlstm::mlstm_forward", mutates_args=())
@@ -77,7 +53,7 @@ def mlstm_forward(
     initial = tuple(None if x is None else x.contiguous() for x in (c, n, m))
     new_state = _empty_state(q, v, cu_seqlens, final_state)
     final = new_state if final_state else (None, None, None)
-    with _on_device(q):
+    with common.on_device(q):
         if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
             h, s = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
@@ -136,7 +112,7 @@ def mlstm_backward(
     dinitial = tuple(None if x is None else torch.empty_like(x) for x in initial[:2])
     states = (c_borders, n_borders) if n_borders.numel() else None
     plan = launch.plan(q, v, launch.GPU.of(q.device))
-    with _on_device(q):
+    with common.on_device(q):
         gradients = launch.backward(
             dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, h, s, scale, eps, plan
         )
@@ -215,7 +191,7 @@ def mlstm_step_inplace(
     sequence = [x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate)]
     state = tuple(x.contiguous() for x in (c, n, m))
     new_state = (state[0], torch.empty_like(state[1]), torch.empty_like(state[2]))
-    with _on_device(q):
+    with common.on_device(q):
         h, _ = launch.recurrent(*sequence, None, state, new_state, scale, eps)
     # n and m are read by several programs and so cannot be written by one of them
     torch._foreach_copy_([n, m], new_state[1:])

@@ -8,13 +8,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from . import mlstm_triton_backward as backward_kernels
 from . import mlstm_triton_kernels as kernels
-
-
-INTERPRETED = triton.knobs.runtime.interpret
+from .triton_common import dot_options
 
 
 class Blocks(NamedTuple):
@@ -159,15 +156,6 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _dot_options(dtype: torch.dtype) -> dict:
-    """The type in which products are formed. float16 goes through tf32, whose mantissa holds it and whose exponent
-    does not overflow. The interpreter cannot multiply bfloat16."""
-    return {
-        "DOT": tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
-        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
-    }
-
-
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
@@ -272,7 +260,7 @@ def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, b
             V=V,
             L=plan.chunk_size,
             **blocks._asdict(),
-            **_dot_options(k.dtype),
+            **dot_options(k.dtype),
         )
 
     borders = chunk_states(k, v, chunks.total)
@@ -324,7 +312,7 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
         BK=BK,
         num_warps=num_warps,
         num_stages=num_stages,
-        **_dot_options(q.dtype),
+        **dot_options(q.dtype),
     )
     return scores, read, s
 
@@ -350,7 +338,7 @@ def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan
         V=V,
         L=plan.chunk_size,
         **plan.output._asdict(),
-        **_dot_options(q.dtype),
+        **dot_options(q.dtype),
     )
     return h
 
@@ -459,7 +447,7 @@ def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: C
         V=V,
         L=L,
         **plan.score._asdict(),
-        **_dot_options(q.dtype),
+        **dot_options(q.dtype),
     )
     return scores, e, g_row, g_column
 
@@ -502,7 +490,7 @@ def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, d
         V=V,
         L=plan.chunk_size,
         **blocks._asdict(),
-        **_dot_options(q.dtype),
+        **dot_options(q.dtype),
     )
     return dq, dk, (q_dq, k_dk, cross)
 
@@ -528,7 +516,7 @@ def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: 
         V=V,
         L=plan.chunk_size,
         **plan.output._asdict(),
-        **_dot_options(k.dtype),
+        **dot_options(k.dtype),
     )
     return dv
 

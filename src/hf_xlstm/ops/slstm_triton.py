@@ -12,25 +12,18 @@ import triton
 import triton.language as tl
 
 from . import slstm_triton_kernels as kernels
-from .mlstm_triton import _dense, _on_device
-from .mlstm_triton_launch import INTERPRETED, _dot_options
+from . import triton_common as common
 from .slstm_reference import SLSTMState, zero_slstm_state
+from .triton_common import INTERPRETED, dense, dot_options, on_device
 
 
-MAX_HEAD_DIM = 512
 # The slice of R that a program keeps on chip. Without matrix units for float32 its registers hold many copies.
 WEIGHT_BYTES = {torch.bfloat16: 128 * 1024, torch.float16: 64 * 1024, torch.float32: 64 * 1024}
 
 
 def unsupported_reason(gates: torch.Tensor, _: torch.Tensor) -> str | None:
     """Why these tensors cannot run here, or None."""
-    if gates.device.type != "cuda" and not INTERPRETED:
-        return f"it needs a GPU, the tensors are on {gates.device}"
-    if gates.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it computes in float32, bfloat16 and float16, not {gates.dtype}"
-    if gates.shape[-1] > MAX_HEAD_DIM:
-        return f"head dims go up to {MAX_HEAD_DIM}, got {gates.shape[-1]}"
-    return None
+    return common.unsupported_reason(gates, gates.shape[-1])
 
 
 # --- how the work is cut ---------------------------------------------------------------------------------------------
@@ -86,7 +79,7 @@ class _Launcher:
         self.shared_by = triton.cdiv(self.D, self.plan.BD)
         self.groups = triton.cdiv(rows, self.plan.BB) * self.H
         self.at_once = self.groups if self.shared_by == 1 else max(1, programs // self.shared_by)
-        self.dot = _dot_options(gates.dtype)
+        self.dot = dot_options(gates.dtype)
         self.exchange_dtype = torch.bfloat16 if self.dot["DOT"] == tl.bfloat16 else torch.float32
 
     @property
@@ -123,7 +116,7 @@ def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
 def _run_forward(gates, recurrent_weight, bias, state, mask, cu_seqlens, save: bool):
     """h, the final state, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c."""
     B, T, _, H, D = gates.shape
-    gates = _dense(gates)
+    gates = dense(gates)
     launch = _Launcher(gates, state[0].shape[0])
     final = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
@@ -131,7 +124,7 @@ def _run_forward(gates, recurrent_weight, bias, state, mask, cu_seqlens, save: b
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
     state = tuple(s.contiguous() for s in state)
     exchange = torch.stack([state[0]] * 2).to(launch.exchange_dtype) if launch.shared_by > 1 else None
-    with _on_device(gates):
+    with on_device(gates):
         for steps in launch.steps:
             launch(
                 kernels.forward_kernel,
@@ -207,7 +200,7 @@ def slstm_backward(
     exchange = h0.new_zeros(2, launch.rows, 4, H, D, dtype=launch.exchange_dtype)
     dstate = tuple(d.contiguous() for d in (dh_final, dc_final, dn_final))
     dinitial = tuple(torch.empty_like(d) for d in dstate)
-    with _on_device(h):
+    with on_device(h):
         for steps in reversed(launch.steps):
             launch(
                 kernels.backward_kernel,
