@@ -1,18 +1,22 @@
-"""Compile every mLSTM kernel as it is launched, for GPUs that are not there, and check what it needs.
+"""Compile every kernel of both cells as it is launched, for GPUs that are not there, and check what it needs.
 
-    python benchmarks/kernel_resources.py [--quick | --architectures sm_90 gfx942 ...] [--json FILE]
+    python benchmarks/kernel_resources.py [--quick | --architectures sm_90 gfx942 ...] [--cells slstm] [--json FILE]
 
 The launches are recorded: the launchers run on tensors without memory (device "meta"), so what is compiled is what a
-call would run. Fails (exit code 1) when a kernel spills registers, exceeds the shared memory of its GPU, does without
-Hopper's matrix instructions or asynchronous copies where it multiplies bfloat16, or depends on the sequence length.
+call would run. Fails (exit code 1) when a kernel spills registers, exceeds the shared memory of its GPU, depends on
+the sequence length, or, of the mLSTM, does without wgmma or asynchronous copies on Hopper where it multiplies
+bfloat16. (The sLSTM's products have 16 rows, fewer than those instructions take.)
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -24,16 +28,21 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_xlstm.ops import mlstm_triton_launch as launch
+from hf_xlstm.ops import slstm_triton as slstm
 
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 POINTERS = {torch.int32: "*i32", torch.bool: "*i1"} | {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 HEADS = 8
-# (dtype, K, V)
-QUICK = [("bf16", 256, 512)]
-ALL = [("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200), (9, 33)]] + [
-    (dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]
+CELLS = ("mlstm", "slstm")
+# (dtype, K, V) of the mLSTM, (dtype, D) of the sLSTM
+QUICK = [("bf16", 256, 512), ("bf16", 64), ("bf16", 256)]
+ALL = [
+    *(("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200), (9, 33)]),
+    *((dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]),
+    *(("bf16", D) for D in (16, 64, 100, 128, 256, 512)),
+    *((dtype, D) for dtype in ("fp32", "fp16") for D in (16, 32, 64, 192, 512)),
 ]
 MEASURES = ("registers", "shared", "spill")
 LENGTHS = [17, 64, 100, 1000, 4097]
@@ -65,9 +74,10 @@ class Launch(NamedTuple):
     aligned: tuple[str, ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
     @classmethod
-    def of(cls, kernel: JITFunction, arguments: dict[str, object], num_warps: int, num_stages: int = 3) -> "Launch":
+    def of(cls, kernel: JITFunction, arguments: dict[str, object], *options: int | None) -> "Launch":
         """Triton's rules: 1 and None become constants, pointers and integers are multiples of 16 or not."""
         signature, constants, aligned = {}, {}, []
         for parameter in kernel.params:
@@ -84,20 +94,28 @@ class Launch(NamedTuple):
                 signature[name] = "i32" if value < 2**31 else "i64"
                 if specialized and value % 16 == 0:
                     aligned.append(name)
-        return cls(kernel, *map(tuple, (signature.items(), constants.items(), aligned)), num_warps, num_stages)
+        return cls(kernel, *map(tuple, (signature.items(), constants.items(), aligned)), *options)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Launch, None]]:
+    """Kernels are not run: their launches are collected."""
+    launches = {}
+
+    def record(kernel, *args, grid, warmup, num_warps, num_stages=3, maxnreg=None, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launches[Launch.of(kernel, arguments, num_warps, num_stages, maxnreg)] = None
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU, full: bool) -> dict[Launch, None]:
     """What a step, a forward and a backward pass launch; `full`: with mask, initial and final state, else without."""
-    launches = {}
-
-    def record(kernel, *args, grid, warmup, num_warps, num_stages=3, **kwargs):
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        launches[Launch.of(kernel, arguments, num_warps, num_stages)] = None
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     B, H = 2, HEADS
     q, k, v = (empty(B, T, H, dim, dtype=dtype) for dim in (K, K, V))
     igate, fgate, s = empty(B, T, H), empty(B, T, H), empty(B, H, T)
@@ -105,7 +123,7 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU,
     mask = empty(B, T, dtype=torch.bool) if full else None
     plan = launch.plan(q, v, gpu)
     inputs = (q, k, v, igate, fgate, mask)
-    with mock.patch.object(JITFunction, "run", record):
+    with recording() as launches:
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
         launch.forward(*inputs, None, state, state, 0.1, 1e-6, plan)
         launch.backward(v, state[:2], *inputs, None, state, state[:2], None, v, s, 0.1, 1e-6, plan)
@@ -122,6 +140,19 @@ def all_launches(dtype: torch.dtype, K: int, V: int, hopper: bool) -> dict[Launc
     return launches
 
 
+def record_slstm_launches(dtype: torch.dtype, D: int, T: int) -> dict[Launch, None]:
+    """What a step, a forward and a backward pass with mask launch."""
+    B, H = 2, HEADS
+    gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
+    weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
+    state = tuple(empty(B, H, D) for _ in range(4))
+    with recording() as launches:
+        slstm.run_forward(gates[:, :1], weight, bias, state, state, None, None, save=False)
+        h, saved, c = slstm.run_forward(gates, weight, bias, state, state, mask, None, save=True)
+        slstm.run_backward(h, state[:3], weight, state[1], mask, None, saved, c)
+    return launches
+
+
 def compile_launch(item: Launch, architecture: Architecture) -> dict[str, int]:
     """Registers, bytes of spill and shared memory, and how often the instructions in question occur."""
     position = {name: i for i, name in enumerate(item.kernel.arg_names)}
@@ -132,6 +163,8 @@ def compile_launch(item: Launch, architecture: Architecture) -> dict[str, int]:
         attrs={(position[name],): [["tt.divisibility", 16]] for name in item.aligned},
     )
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    if item.maxnreg and architecture.target.backend == "cuda":
+        options["maxnreg"] = item.maxnreg
     compiled = triton.compile(source, target=architecture.target, options=options)
     report = {"shared": compiled.metadata.shared}
     if architecture.target.backend == "hip":
@@ -162,37 +195,59 @@ def violations(item: Launch, architecture: str, report: dict[str, int]) -> list[
     if report["shared"] > ARCHITECTURES[architecture].shared_memory:
         found.append(f"takes {report['shared']} bytes of shared memory")
     constants = dict(item.constants)
-    if architecture == "sm_90" and str(constants.get("DOT")) == "bf16" and constants["BK"] >= 64:
+    multiplies_bf16 = str(constants.get("DOT")) == "bf16"
+    if architecture == "sm_90" and "K" in constants and multiplies_bf16 and constants["BK"] >= 64:
         looping = constants["K"] > constants["BK"]  # a single block leaves nothing to prefetch
         required = ("wgmma", "async_copies") if looping else ("wgmma",)
         found += [f"has no {name}" for name in required if not report[name]]
     return found
 
 
-def depends_on_length(dtype: torch.dtype, K: int, V: int) -> list[str]:
-    """Kernels that another sequence length would compile again. Where a token's features are not a multiple of 16
-    elements, whether a sequence's are depends on its length: two compilations then serve all lengths."""
-    if HEADS * K % 16 or HEADS * V % 16:
-        return []
-    gpu = launch.GPU(hopper=True, processors=1)
-    first, *others = (record_launches(dtype, K, V, T, gpu, full=True).keys() for T in LENGTHS)
-    return sorted({item.kernel.__name__ for other in others for item in first ^ other})
+class Case(NamedTuple):
+    """A cell at some sizes: what is launched for an architecture, and what must be the same at all these lengths."""
+
+    sizes: dict[str, object]
+    launches: Callable[[str], dict[Launch, None]]
+    at_length: Callable[[int], dict[Launch, None]]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, dtype: str, *dims: int) -> "Case":
+        if len(dims) == 1:
+            at_length = functools.partial(record_slstm_launches, DTYPES[dtype], *dims)
+            return cls({"dtype": dtype, "D": dims[0]}, lambda _: at_length(1000), at_length, LENGTHS)
+        K, V = dims
+        # Where a token's features are not a multiple of 16 elements, whether a sequence's are depends on its length:
+        # two compilations then serve all lengths.
+        lengths = LENGTHS if HEADS * K % 16 == HEADS * V % 16 == 0 else LENGTHS[:1]
+        gpu = launch.GPU(hopper=True, processors=1)
+        return cls(
+            {"dtype": dtype, "K": K, "V": V},
+            lambda architecture: all_launches(DTYPES[dtype], K, V, architecture == "sm_90"),
+            lambda T: record_launches(DTYPES[dtype], K, V, T, gpu, full=True),
+            lengths,
+        )
+
+    def recompiled(self) -> list[str]:
+        """Kernels that another sequence length would compile again."""
+        first, *others = (self.at_length(T).keys() for T in self.lengths)
+        return sorted({item.kernel.__name__ for other in others for item in first ^ other})
 
 
-def check(configurations: list[tuple[str, int, int]], architectures: list[str]) -> tuple[list[dict], int]:
+def check(cases: list[Case], architectures: list[str]) -> tuple[list[dict], int]:
     rows, failures = [], 0
-    for dtype, K, V in configurations:
-        for kernel in depends_on_length(DTYPES[dtype], K, V):
-            print(f"FAIL {kernel} {dtype} {K}/{V}: compiled again for another sequence length")
+    for case in cases:
+        for kernel in case.recompiled():
+            print(f"FAIL {kernel} {case.sizes}: compiled again for another sequence length")
             failures += 1
         for architecture in architectures:
-            for item in all_launches(DTYPES[dtype], K, V, architecture == "sm_90"):
+            for item in case.launches(architecture):
                 report = compile_launch(item, ARCHITECTURES[architecture])
                 found = violations(item, architecture, report)
                 failures += len(found)
-                row = {"architecture": architecture, "kernel": item.kernel.__name__, "dtype": dtype, "K": K, "V": V}
-                rows.append(row | report)
-                print("FAIL" if found else "ok  ", *(f"{k}={v}" for k, v in rows[-1].items()), *found, flush=True)
+                row = {"architecture": architecture, "kernel": item.kernel.__name__} | case.sizes | report
+                rows.append(row)
+                print("FAIL" if found else "ok  ", *(f"{k}={v}" for k, v in row.items()), *found, flush=True)
     return rows, failures
 
 
@@ -213,11 +268,14 @@ def write_worst(path: Path, rows: list[dict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only head dims 256/512, bfloat16, on Hopper")
+    parser.add_argument("--quick", action="store_true", help="a few head dims, bfloat16, on Hopper")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES])
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
     parser.add_argument("--json", type=Path, help="write the worst cases here, beside those of other runs")
     args = parser.parse_args()
-    rows, failures = check(QUICK, ["sm_90"]) if args.quick else check(ALL, args.architectures)
+    cases = [Case.of(dtype, *dims) for dtype, *dims in (QUICK if args.quick else ALL)]
+    cases = [case for case in cases if ("slstm" if "D" in case.sizes else "mlstm") in args.cells]
+    rows, failures = check(cases, ["sm_90"] if args.quick else args.architectures)
     if args.json:
         write_worst(args.json, rows)
     print(f"{len(rows)} compilations, {failures} limits crossed")

@@ -6,10 +6,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from common import relative_error
 
 from hf_xlstm.ops.slstm_reference import slstm_recurrent
-from hf_xlstm.ops.slstm_triton import plan, shares_heads, slstm_step_triton, slstm_triton, unsupported_reason
+from hf_xlstm.ops.slstm_triton import Blocks, plan, slstm_step_triton, slstm_triton, unsupported_reason
+from hf_xlstm.ops.slstm_triton_kernels import places
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,13 +32,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["one program", "shared"])
+@pytest.fixture(params=["resident", "streamed"])
 def head_dim(request, monkeypatch):
-    """A head that one program keeps on chip, and one that two programs share."""
-    if request.param == "one program":
+    """A head whose R stays on chip, and one that is read in blocks at every step."""
+    if request.param == "resident":
+        assert plan(5, F32).BK is None
         return 5
-    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.WEIGHT_BYTES", dict.fromkeys(TOLERANCE, 1))
-    assert plan(2, 1, 20, F32, 132).BD == 16
+    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.plan", lambda *_: Blocks(16, 16, num_warps=4, num_stages=1))
     return 20
 
 
@@ -102,7 +105,7 @@ def test_dtypes(head_dim, dtype):
 
 @pytest.mark.parametrize("heads, dim", [(1, 1), (3, 16), (2, 33), (1, 160)])
 def test_head_dims(heads, dim):
-    """The last one is shared by five programs."""
+    """As planned: the last two are streamed."""
     assert_exact(make_inputs(T=3, H=heads, D=dim))
 
 
@@ -277,24 +280,29 @@ def test_compiles():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", [1, 16, 64, 100, 128, 256, 512])
-@pytest.mark.parametrize("rows", [1, 64, 1000])
-def test_plan_fits(rows, head_dim, dtype):
-    """A head's programs run side by side, R's slice fits in shared memory, and all rows and units are covered."""
-    programs = 132
-    cut = plan(rows, 4, head_dim, dtype, programs)
-    assert -(-head_dim // cut.BD) <= programs
-    assert 4 * cut.P * cut.BD * (2 if dtype == BF16 else 4) <= 128 * 1024
-    assert head_dim <= cut.P
-    assert cut.BD <= cut.P
-    assert cut.BB in (16, 32, 64)
+@pytest.mark.parametrize("D", [1, 16, 33, 64, 100, 512])
+def test_plan_fits(D, dtype):
+    """R stays on chip only whole, and where it fits there; blocks are powers of two."""
+    cut = plan(D, dtype)
+    if cut.BK is None:
+        assert D <= cut.BD
+        assert 4 * cut.BD**2 * (2 if dtype == BF16 else 4) <= 32 * 1024
+    assert all(size >= 16 and size & (size - 1) == 0 for size in (cut.BD, cut.BK or 16))
 
 
-def test_wide_heads_are_shared():
-    """`auto` leaves them to the torch backend, see `backend_and_reason`."""
-    gates = torch.empty(1, 1, 4, 1, 128, dtype=torch.bfloat16)
-    assert not shares_heads(gates) and shares_heads(gates.new_empty(1, 1, 4, 1, 256))
-    assert shares_heads(gates.float())
+def test_offsets_have_64_bits():
+    """Gates laid out time-major, or very long sequences: a step's offset passes 2^31."""
+
+    @triton.jit
+    def kernel(p_offsets, t, stride):
+        tl.store(
+            p_offsets + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :],
+            places(tl.arange(0, 2).to(tl.int64), t, stride, tl.arange(0, 4)),
+        )
+
+    offsets = torch.empty(2, 4, dtype=torch.int64, device=DEVICE)
+    kernel[(1,)](offsets, 5, 2**30)
+    assert offsets[:, 0].tolist() == [5 * 2**30, 5 * 2**30 + 1]
 
 
 def test_unsupported_reason(monkeypatch):

@@ -180,8 +180,6 @@ def backend_and_reason(op: str, backend: str, q: torch.Tensor, v: torch.Tensor) 
     if backend == "auto" and q.device.type != "cuda":
         return "torch", f"the fastest on {q.device.type}"
     reason = _triton_unsupported(op, q, v)
-    if reason is None and backend == "auto" and op == "slstm" and _triton_module(op).shares_heads(q):
-        reason = "its kernel for wide heads synchronises programs and has not run on a GPU; backend='triton' takes it"
     if reason is None:
         return "triton", "the fastest on cuda"
     if backend == "triton":

@@ -4,7 +4,6 @@ They are registered as three operators that torch.compile sees as black boxes: `
 `hf_xlstm::slstm_backward` and the in-place `hf_xlstm::slstm_step`.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,9 @@ import triton.language as tl
 from . import slstm_triton_kernels as kernels
 from . import triton_common as common
 from .slstm_reference import SLSTMState, zero_slstm_state
-from .triton_common import INTERPRETED, dense, dot_options, on_device
 
 
-# The slice of R that a program keeps on chip. Without matrix units for float32 its registers hold many copies.
-WEIGHT_BYTES = {torch.bfloat16: 128 * 1024, torch.float16: 64 * 1024, torch.float32: 64 * 1024}
+BB = 16  # sequences per program, the least a matrix product takes
 
 
 def unsupported_reason(gates: torch.Tensor, _: torch.Tensor) -> str | None:
@@ -26,124 +23,123 @@ def unsupported_reason(gates: torch.Tensor, _: torch.Tensor) -> str | None:
     return common.unsupported_reason(gates, gates.shape[-1])
 
 
-# --- how the work is cut ---------------------------------------------------------------------------------------------
+# --- launches --------------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """Block sizes: P the padded head dim, BD units and BB sequences per program. Nothing depends on T."""
+class Blocks(NamedTuple):
+    """Sizes of the blocks of units, made and summed over, warps and pipeline stages. BK = None: R stays on chip."""
 
-    P: int
     BD: int
-    BB: int
+    BK: int | None
     num_warps: int
-
-
-def plan(rows: int, H: int, D: int, dtype: torch.dtype, programs: int) -> Plan:
-    """`programs` is how many can run side by side. 16 sequences are the least a matrix product takes; more of them
-    only where the GPU is full already."""
-    P = max(16, triton.next_power_of_2(D))
-    bytes_per_unit = 4 * P * (2 if dtype == torch.bfloat16 else 4)
-    BD = max(16, min(P, WEIGHT_BYTES[dtype] // bytes_per_unit))
-    BB = 16
-    while min(64, rows) > BB and triton.cdiv(rows, BB) * H * triton.cdiv(D, BD) > programs:
-        BB *= 2
-    num_warps = 4 if bytes_per_unit * BD <= 32 * 1024 else 8 if dtype == torch.bfloat16 else 16
-    return Plan(P, BD, BB, num_warps)
-
-
-def shares_heads(gates: torch.Tensor) -> bool:
-    """Whether several programs work on one head and have to wait for each other at every step."""
-    D = gates.shape[-1]
-    return plan(1, 1, D, gates.dtype, 1).BD < D
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """How many programs run side by side for certain: one on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-class _Launcher:
-    """Launches a kernel over all sequences, heads and units.
-
-    Where several programs share a head, only as many as can run side by side are launched at a time: a cooperative
-    launch, which fails rather than waits for ever. The interpreter runs programs one after another, so there each step
-    is a launch of its own.
-    """
-
-    def __init__(self, gates: torch.Tensor, rows: int):
-        self.T, self.H, self.D = gates.shape[1], *gates.shape[3:]
-        self.rows = rows
-        programs = _programs(gates.device)
-        self.plan = plan(rows, self.H, self.D, gates.dtype, programs)
-        self.shared_by = triton.cdiv(self.D, self.plan.BD)
-        self.groups = triton.cdiv(rows, self.plan.BB) * self.H
-        self.at_once = self.groups if self.shared_by == 1 else max(1, programs // self.shared_by)
-        self.dot = dot_options(gates.dtype)
-        self.exchange_dtype = torch.bfloat16 if self.dot["DOT"] == tl.bfloat16 else torch.float32
+    num_stages: int
+    maxnreg: int | None = None
 
     @property
-    def steps(self) -> list[tuple[int, int]]:
-        """First and last step of each launch."""
-        if INTERPRETED and self.shared_by > 1:
-            return [(t, t + 1) for t in range(self.T)]
-        return [(0, self.T)]
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        options = {"BB": BB} | {name: value for name, value in self._asdict().items() if value is not None}
+        if torch.version.hip:
+            options.pop("maxnreg", None)  # Triton knows it for NVIDIA only
+        return options
 
-    def __call__(self, kernel, *args, steps: tuple[int, int], strides: tuple[int, ...]):
-        counter = torch.zeros(self.groups, dtype=torch.int32, device=args[0].device)
-        for first_group in range(0, self.groups, self.at_once):
-            groups = min(self.at_once, self.groups - first_group)
-            kernel[(groups * self.shared_by,)](
-                *args,
-                counter,
-                self.T,
-                self.rows,
-                first_group,
-                *steps,
-                *strides,
-                H=self.H,
-                D=self.D,
-                **self.plan._asdict(),
-                **self.dot,
-                **({} if self.shared_by == 1 else {"launch_cooperative_grid": True}),
-            )
+
+def plan(D: int, dtype: torch.dtype) -> Blocks:
+    """Nothing depends on T or on the batch size. What each choice takes in registers and in shared memory is what
+    benchmarks/kernel_resources.py reports.
+
+    A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
+    half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up.
+    """
+    bf16 = dtype == torch.bfloat16
+    maxnreg = None if dtype == torch.float32 else 255
+    if (64 if bf16 else 32) >= D:
+        num_warps = 8 if dtype == torch.float32 else 4
+        return Blocks(max(16, triton.next_power_of_2(D)), None, num_warps, num_stages=1, maxnreg=maxnreg)
+    return Blocks(32, 64 if bf16 else 32, num_warps=8, num_stages=2, maxnreg=maxnreg)
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
 
 
-def _run_forward(gates, recurrent_weight, bias, state, mask, cu_seqlens, save: bool):
-    """h, the final state, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c."""
+def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which products are formed."""
+    return torch.bfloat16 if common.dot_options(dtype)["DOT"] == tl.bfloat16 else torch.float32
+
+
+def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save: bool):
+    """h, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c. The final state goes into `final`,
+    which may be `state` itself where every sequence takes a step."""
     B, T, _, H, D = gates.shape
-    gates = dense(gates)
-    launch = _Launcher(gates, state[0].shape[0])
-    final = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
+    N = state[0].shape[0]
+    gates = common.dense(gates)
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
-    state = tuple(s.contiguous() for s in state)
-    exchange = torch.stack([state[0]] * 2).to(launch.exchange_dtype) if launch.shared_by > 1 else None
-    with on_device(gates):
-        for steps in launch.steps:
-            launch(
-                kernels.forward_kernel,
-                gates,
-                recurrent_weight.contiguous(),
-                bias.contiguous(),
-                mask,
-                cu_seqlens,
-                *state,
-                *final,
-                h,
-                saved,
-                c,
-                exchange,
-                steps=steps,
-                strides=(*gates.stride()[:4], *_mask_strides(mask)),
-            )
-            state = final
-    return h, final, saved, c
+    blocks = plan(D, gates.dtype)
+    kernel, exchange = kernels.forward_resident_kernel, ()
+    if blocks.BK is not None:
+        kernel = kernels.forward_streamed_kernel
+        exchange = (gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype)), D)
+    with common.on_device(gates):
+        kernel[(triton.cdiv(N, BB) * H,)](
+            gates,
+            recurrent_weight.contiguous(),
+            bias.contiguous(),
+            mask,
+            cu_seqlens,
+            *state,
+            *final,
+            h,
+            saved,
+            c,
+            *exchange,
+            T,
+            N,
+            *gates.stride()[:4],
+            *_mask_strides(mask),
+            H=H,
+            D=D,
+            **blocks.options,
+            **common.dot_options(gates.dtype),
+        )
+    return h, saved, c
+
+
+def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c):
+    """Gradients of the gates and of the initial h, c, n, those of n = 1."""
+    B, T, H, D = dh.shape
+    N = initial_c.shape[0]
+    dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
+    dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
+    blocks = plan(D, dh.dtype)
+    kernel, exchange = kernels.backward_resident_kernel, ()
+    if blocks.BK is not None:
+        kernel = kernels.backward_streamed_kernel
+        exchange = (dh.new_zeros(2, N, 4, H, D, dtype=_exchange_dtype(dh.dtype)), D)
+    with common.on_device(dh):
+        kernel[(triton.cdiv(N, BB) * H,)](
+            recurrent_weight.contiguous(),
+            mask,
+            cu_seqlens,
+            saved,
+            c,
+            initial_c,
+            dh.contiguous(),
+            *(d.contiguous() for d in dfinal),
+            dgates,
+            *dinitial,
+            *exchange,
+            T,
+            N,
+            *_mask_strides(mask),
+            H=H,
+            D=D,
+            **blocks.options,
+            **common.dot_options(dh.dtype),
+        )
+    return dgates, *dinitial
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -163,8 +159,9 @@ def slstm_forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """h, the final state, and what the backward pass needs: empty tensors without `save`."""
-    state = (h0, c0, n0, m0)
-    h, final, saved, c = _run_forward(gates, recurrent_weight, bias, state, mask, cu_seqlens, save)
+    state = tuple(x.contiguous() for x in (h0, c0, n0, m0))
+    final = tuple(torch.empty_like(x) for x in state)
+    h, saved, c = run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save)
     return h, *final, *((saved, c) if save else (h0.new_empty(0), h0.new_empty(0)))
 
 
@@ -193,36 +190,9 @@ def slstm_backward(
     c: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
-    B, T, H, D = h.shape
-    dgates = torch.empty(B, T, 4, H, D, dtype=h.dtype, device=h.device)
-    launch = _Launcher(dgates, h0.shape[0])
+    dfinal = (dh_final, dc_final, dn_final)
     initial_c = torch.where(n0 == 0, 0, c0 / n0)
-    exchange = h0.new_zeros(2, launch.rows, 4, H, D, dtype=launch.exchange_dtype)
-    dstate = tuple(d.contiguous() for d in (dh_final, dc_final, dn_final))
-    dinitial = tuple(torch.empty_like(d) for d in dstate)
-    with on_device(h):
-        for steps in reversed(launch.steps):
-            launch(
-                kernels.backward_kernel,
-                recurrent_weight.contiguous(),
-                mask,
-                cu_seqlens,
-                saved,
-                c,
-                initial_c,
-                dh.contiguous(),
-                *dstate,
-                dgates,
-                *dinitial,
-                exchange,
-                steps=steps,
-                strides=_mask_strides(mask),
-            )
-            dstate = dinitial
-    dh0, dc0, dn0 = dinitial
-    product_dtype = torch.float32 if INTERPRETED else launch.exchange_dtype
-    dx0 = exchange[0].to(product_dtype)
-    dh0 = dh0 + torch.einsum("ngho,ghoi->nhi", dx0, recurrent_weight.to(product_dtype))
+    dgates, dh0, dc0, dn0 = run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c)
     before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
     d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before)
@@ -299,8 +269,14 @@ def slstm_step_inplace(
     n: torch.Tensor,
     m: torch.Tensor,
 ) -> torch.Tensor:
-    output, final, _, _ = _run_forward(gates[:, None], recurrent_weight, bias, (h, c, n, m), None, None, save=False)
-    torch._foreach_copy_([h, c, n, m], final)
+    """h; the new state replaces the old one."""
+    given = (h, c, n, m)
+    state = tuple(x.contiguous() for x in given)
+    gates = gates[:, None]
+    output, _, _ = run_forward(gates, recurrent_weight, bias, state, state, None, None, save=False)
+    for old, new in zip(given, state, strict=True):
+        if old is not new:
+            old.copy_(new)
     return output[:, 0]
 
 

@@ -6,18 +6,18 @@ The equations are those of slstm_torch.py, with the stabilizer m_t = log(exp(log
     c_t = f' c_{t-1} + i' tanh(z_t)                h_t = sigmoid(o_t) c_t
 
 Every step needs all of h_{t-1}, so time is a loop inside the kernel, and what counts is how long one round takes. A
-program owns BB sequences, one head and BD of its D units: their slice of R, (4, D, BD), is loaded once and stays on
-chip (in registers as far as they go: what can be loaded again, like the bias, is), and so do their c and m. Where BD =
-D, so does h. A larger head is shared by a group of ND = D / BD programs, which exchange h, or in the backward pass the
-gradients of the gates, through memory: two buffers, taken in turn, and a counter that each program raises when it has
-written. One barrier per step is enough, since a buffer is written again only behind the barrier that follows its last
-reading. All programs of a group must be running at the same time; the launcher sees to that.
+program owns BB sequences and one head, and waits for no other program. Where the head's R, (4, D, D), fits on chip, a
+resident kernel loads it once and keeps it there, and c, m, h with it. Of a wider head, a streamed kernel reads R again
+at every step, BK x BD at a time, from the caches. Its state stays in memory: c and m where the final state goes, and
+h, which every block of the next step reads, in two buffers, taken in turn, so that one barrier per step is enough.
+The backward pass does likewise, with the gradients of the gates in the place of h.
 
 The forward pass keeps u, sigmoid(-f), tanh(z), sigmoid(o) and c for the backward pass.
 
-Names: p_ pointers, b_ blocks [BB, BD], o_ offsets. Dimension letters: N sequences, H heads, D head dim, P its next
-power of two, BB and BD blocks of sequences and units. States are (N, H, D), all other tensors (B, T, ...). A sequence
-is a row, or a document of a packed row between two bounds. T and N are run-time values: one compilation serves all.
+Names: p_ pointers, b_ blocks, o_ offsets. Dimension letters: N sequences, H heads, D head dim, BB block of sequences,
+BD and BK blocks of units, those a product makes and those it sums over. States are (N, H, D), all other tensors
+(B, T, ...). A sequence is a row, or a document of a packed row between two bounds. T and N are run-time values: one
+compilation serves all.
 """
 
 import triton
@@ -28,9 +28,7 @@ from .mlstm_triton_kernels import log_sigmoid
 
 # An input gate of -inf counts as this: -inf - -inf must not arise.
 LOWEST = tl.constexpr(-3e38)
-# Loads that bypass the first-level cache, which does not see what other programs write.
-SHARED = tl.constexpr(".cg")
-PER_CALL = ["T", "N", "first_group", "first_step", "last_step"]
+PER_CALL = ["T", "N", "units", "stride_mb", "stride_mt"]
 
 
 @triton.jit
@@ -48,13 +46,9 @@ def tanh(x):
 
 
 @triton.jit
-def work(first_group, N, T, p_bounds, H: tl.constexpr, D: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
-    """The program's group (the programs that share a head of some sequences), head, sequences and units; for each
-    sequence whether it exists, its row, its first token and its length."""
-    ND: tl.constexpr = (D + BD - 1) // BD
-    group = first_group + tl.program_id(0) // ND
-    o_n = tl.cast(group // H * BB + tl.arange(0, BB), tl.int64)
-    o_d = tl.program_id(0) % ND * BD + tl.arange(0, BD)
+def work(N, T, p_bounds, H: tl.constexpr, BB: tl.constexpr):
+    """The program's head and sequences; for each sequence whether it exists, its row, first token and length."""
+    o_n = tl.cast(tl.program_id(0) // H * BB + tl.arange(0, BB), tl.int64)
     exists = o_n < N
     if p_bounds is not None:
         row = tl.zeros_like(o_n)
@@ -64,7 +58,7 @@ def work(first_group, N, T, p_bounds, H: tl.constexpr, D: tl.constexpr, BB: tl.c
         row = tl.where(exists, o_n, 0)
         start = tl.zeros_like(o_n)
         length = tl.where(exists, tl.zeros_like(o_n) + T, 0)
-    return group, group % H, o_n, o_d, exists, row, start, length
+    return tl.program_id(0) % H, o_n, exists, row, start, length
 
 
 @triton.jit
@@ -77,20 +71,28 @@ def is_live(p_mask, t, row, start, length, stride_b, stride_t):
 
 
 @triton.jit
-def load_four(p, offsets, stride, mask, cache: tl.constexpr = ""):
+def places(o_row, t, stride, o_d):
+    """Of step t [BB, BD]."""
+    return (o_row + tl.cast(t, tl.int64) * stride)[:, None] + o_d[None, :]
+
+
+@triton.jit
+def load_four(p, offsets, stride, mask):
     """The same places of each of the four gates."""
     return (
-        tl.load(p + offsets, mask=mask, other=0.0, cache_modifier=cache),
-        tl.load(p + offsets + stride, mask=mask, other=0.0, cache_modifier=cache),
-        tl.load(p + offsets + 2 * stride, mask=mask, other=0.0, cache_modifier=cache),
-        tl.load(p + offsets + 3 * stride, mask=mask, other=0.0, cache_modifier=cache),
+        tl.load(p + offsets, mask=mask, other=0.0),
+        tl.load(p + offsets + stride, mask=mask, other=0.0),
+        tl.load(p + offsets + 2 * stride, mask=mask, other=0.0),
+        tl.load(p + offsets + 3 * stride, mask=mask, other=0.0),
     )
 
 
 @triton.jit
-def places(o_row, t, stride, o_d):
-    """Of step t [BB, BD]."""
-    return (o_row + t * stride)[:, None] + o_d[None, :]
+def store_four(p, offsets, stride, b_0, b_1, b_2, b_3, mask):
+    tl.store(p + offsets, b_0.to(p.dtype.element_ty), mask=mask)
+    tl.store(p + offsets + stride, b_1.to(p.dtype.element_ty), mask=mask)
+    tl.store(p + offsets + 2 * stride, b_2.to(p.dtype.element_ty), mask=mask)
+    tl.store(p + offsets + 3 * stride, b_3.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,25 +115,51 @@ def load_weights(
 
 
 @triton.jit
-def store_four(p, offsets, stride, b_0, b_1, b_2, b_3, mask):
-    tl.store(p + offsets, b_0.to(p.dtype.element_ty), mask=mask)
-    tl.store(p + offsets + stride, b_1.to(p.dtype.element_ty), mask=mask)
-    tl.store(p + offsets + 2 * stride, b_2.to(p.dtype.element_ty), mask=mask)
-    tl.store(p + offsets + 3 * stride, b_3.to(p.dtype.element_ty), mask=mask)
+def load_state(p_h, p_c, p_n, p_m, places, inside):
+    """h, c and m of a state, brought to n = 1. Where nothing is stored, m = -inf."""
+    b_n = tl.load(p_n + places, mask=inside, other=0.0)
+    empty = b_n == 0.0
+    b_n = tl.where(empty, 1.0, b_n)
+    b_c = tl.where(empty, 0.0, tl.load(p_c + places, mask=inside, other=0.0) / b_n)
+    b_m = tl.where(empty, float("-inf"), tl.load(p_m + places, mask=inside, other=0.0) + tl.log(b_n))
+    return tl.load(p_h + places, mask=inside, other=0.0), b_c, b_m
 
 
 @triton.jit
-def wait_for_all(p_counter, target):
-    """Until all programs of the group have come here: what they wrote before can be read afterwards."""
-    tl.debug_barrier()
-    tl.atomic_add(p_counter, 1, sem="release")
-    while tl.atomic_add(p_counter, 0, sem="acquire") < target:
-        pass
-    tl.debug_barrier()
+def cell(b_i, b_f, b_z, b_o, b_c, b_m):
+    """c, m and what the backward pass needs: u, sigmoid(-f), tanh(z), sigmoid(o)."""
+    kept = log_sigmoid(b_f) + b_m
+    b_i = tl.maximum(b_i, LOWEST)
+    b_u = b_i - kept
+    b_z = tanh(b_z)
+    b_m = tl.maximum(kept, b_i) + tl.log(1.0 + tl.exp(-tl.abs(b_u)))
+    return b_c + sigmoid(b_u) * (b_z - b_c), b_m, b_u, sigmoid(-b_f), b_z, sigmoid(b_o)
+
+
+@triton.jit
+def cell_backward(dh, dc, dn, b_u, b_shut, b_z, b_o, b_c, b_c_before):
+    """Gradients of the gates, and dc and dn of the step before. With m held constant (it cancels),
+
+    dc += dh o,                  dn -= dh h,                           do~ = dh h (1 - o)
+    di~ = i' (z dc + dn),        df~ = f' (c_{t-1} dc + dn) (1 - f),   dz~ = i' (1 - z^2) dc
+    dc_{t-1} = f' dc,            dn_{t-1} = f' dn
+    """
+    b_h = b_o * b_c
+    dc += dh * b_o
+    dn -= dh * b_h
+    b_i = sigmoid(b_u)
+    b_f = sigmoid(-b_u)
+    d_i = b_i * (b_z * dc + dn)
+    d_f = b_f * b_shut * (b_c_before * dc + dn)
+    d_z = b_i * (1.0 - b_z * b_z) * dc
+    return d_i, d_f, d_z, dh * b_h * (1.0 - b_o), b_f * dc, b_f * dn
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def forward_kernel(
+def forward_resident_kernel(
     p_gates,
     p_weight,  # (4, H, D_out, D_in)
     p_bias,
@@ -148,13 +176,8 @@ def forward_kernel(
     p_h,  # (B, T, H, D)
     p_saved,  # (B, T, 4, H, D)
     p_c,  # (B, T, H, D)
-    p_exchange,  # (2, N, H, D): h_{t-1} in half t % 2
-    p_counter,  # (groups,)
     T,
     N,
-    first_group,
-    first_step,
-    last_step,
     stride_gb,
     stride_gt,
     stride_gg,
@@ -163,88 +186,59 @@ def forward_kernel(
     stride_mt,
     H: tl.constexpr,
     D: tl.constexpr,
-    P: tl.constexpr,
     BB: tl.constexpr,
     BD: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    ND: tl.constexpr = (D + BD - 1) // BD
-    group, h, o_n, o_d, exists, row, start, length = work(first_group, N, T, p_bounds, H, D, BB, BD)
+    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    o_d = tl.arange(0, BD)
     inside = exists[:, None] & (o_d < D)[None, :]
-    o_k = tl.arange(0, P)
-    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, 1, D, H, D, DOT)
-
+    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_d, o_d, 1, D, H, D, DOT)
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
-    b_h = tl.load(p_h_initial + o_state, mask=inside, other=0.0)
-    b_n = tl.load(p_n_initial + o_state, mask=inside, other=0.0)
-    empty = b_n == 0.0
-    b_n = tl.where(empty, 1.0, b_n)
-    b_c = tl.where(empty, 0.0, tl.load(p_c_initial + o_state, mask=inside, other=0.0) / b_n)
-    b_m = tl.where(empty, float("-inf"), tl.load(p_m_initial + o_state, mask=inside, other=0.0) + tl.log(b_n))
+    b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
 
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
-    o_exchange = (o_n[:, None] * H + h) * D + o_k[None, :]
-    in_exchange = exists[:, None] & (o_k < D)[None, :]
-    half = tl.cast(N, tl.int64) * H * D
-
     touched = tl.zeros_like(length) != 0
-    last_step = tl.minimum(last_step, tl.max(length, 0))
     # The gates of the next step are on their way while this one is computed.
-    live = is_live(p_mask, first_step, row, start, length, stride_mb, stride_mt)
-    o_next = places(o_gates, first_step, stride_gt, o_d)
-    x_i, x_f, x_z, x_o = load_four(p_gates, o_next, stride_gg, live[:, None] & inside)
-    for t in range(first_step, last_step):
+    live = is_live(p_mask, 0, row, start, length, stride_mb, stride_mt)
+    x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, 0, stride_gt, o_d), stride_gg, live[:, None] & inside)
+    for t in range(0, tl.max(length, 0)):
         next_live = is_live(p_mask, t + 1, row, start, length, stride_mb, stride_mt)
-        next_live &= t + 1 < last_step
         o_next = places(o_gates, t + 1, stride_gt, o_d)
         next_i, next_f, next_z, next_o = load_four(p_gates, o_next, stride_gg, next_live[:, None] & inside)
 
+        # The bias is loaded again each time: registers are scarce.
         bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
-        if ND == 1:
-            b_h_before = b_h.to(DOT)
-        else:
-            p_read = p_exchange + t % 2 * half + o_exchange
-            b_h_before = tl.load(p_read, mask=in_exchange, other=0.0, cache_modifier=SHARED).to(DOT)
+        b_h_before = b_h.to(DOT)
         b_i = tl.dot(b_h_before, w_i, acc=x_i.to(tl.float32) + bias_i[None, :], input_precision=PRECISION)
         b_f = tl.dot(b_h_before, w_f, acc=x_f.to(tl.float32) + bias_f[None, :], input_precision=PRECISION)
         b_z = tl.dot(b_h_before, w_z, acc=x_z.to(tl.float32) + bias_z[None, :], input_precision=PRECISION)
         b_o = tl.dot(b_h_before, w_o, acc=x_o.to(tl.float32) + bias_o[None, :], input_precision=PRECISION)
-
-        kept = log_sigmoid(b_f) + b_m
-        b_i = tl.maximum(b_i, LOWEST)
-        b_u = b_i - kept
-        b_z = tanh(b_z)
-        b_o = sigmoid(b_o)
+        new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)
         alive = live[:, None] & inside
-        b_m = tl.where(alive, tl.maximum(kept, b_i) + tl.log(1.0 + tl.exp(-tl.abs(b_u))), b_m)
-        b_c = tl.where(alive, b_c + sigmoid(b_u) * (b_z - b_c), b_c)
-        b_h = tl.where(alive, b_o * b_c, b_h)
+        b_c = tl.where(alive, new_c, b_c)
+        b_m = tl.where(alive, new_m, b_m)
+        b_h = tl.where(alive, b_o * new_c, b_h)
         touched |= live
 
         here = (t < length)[:, None] & inside
         o_here = places(o_token, t, H * D, o_d)
         tl.store(p_h + o_here, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
         if p_saved is not None:
-            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, sigmoid(-b_f), b_z, b_o, here)
+            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, here)
             tl.store(p_c + o_here, b_c, mask=here)
-        if ND > 1:
-            p_write = p_exchange + (t + 1) % 2 * half
-            tl.store(p_write + o_state, b_h.to(p_exchange.dtype.element_ty), mask=inside)
-            if t + 1 < last_step:
-                wait_for_all(p_counter + group, (t + 1 - first_step) * ND)
         live = next_live
         x_i, x_f, x_z, x_o = next_i, next_f, next_z, next_o
 
     # Without a step the state is not even brought to n = 1.
-    touched = touched[:, None] & inside
-    untouched = inside & (touched == 0)
-    b_c = tl.where(touched, b_c, tl.load(p_c_initial + o_state, mask=untouched, other=0.0))
-    b_n = tl.where(touched, 1.0, tl.load(p_n_initial + o_state, mask=untouched, other=0.0))
-    b_m = tl.where(touched, b_m, tl.load(p_m_initial + o_state, mask=untouched, other=0.0))
+    untouched = inside & (touched == 0)[:, None]
+    b_n = tl.load(p_n_initial + o_state, mask=untouched, other=1.0)
+    b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c)
+    b_m = tl.where(untouched, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), b_m)
     tl.store(p_h_final + o_state, b_h, mask=inside)
     tl.store(p_c_final + o_state, b_c, mask=inside)
     tl.store(p_n_final + o_state, b_n, mask=inside)
@@ -252,7 +246,123 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def backward_kernel(
+def forward_streamed_kernel(
+    p_gates,
+    p_weight,  # (4, H, D_out, D_in)
+    p_bias,
+    p_mask,
+    p_bounds,
+    p_h_initial,
+    p_c_initial,
+    p_n_initial,
+    p_m_initial,
+    p_h_final,  # h, c and m of n = 1 from step to step
+    p_c_final,
+    p_n_final,
+    p_m_final,
+    p_h,  # (B, T, H, D)
+    p_saved,  # (B, T, 4, H, D)
+    p_c,  # (B, T, H, D)
+    p_h_before,  # (2, N, H, D): h_{t-1} in half t % 2
+    units,  # D, at run time: were it known, the compiler would unroll the loops over blocks, and spill
+    T,
+    N,
+    stride_gb,
+    stride_gt,
+    stride_gg,
+    stride_gh,
+    stride_mb,
+    stride_mt,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    p_gates += h * stride_gh
+    o_gates = row * stride_gb + start * stride_gt
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
+    o_head = (o_n * H + h) * D
+    half = tl.cast(N, tl.int64) * H * D
+
+    for first in range(0, D, BD):
+        o_d = first + tl.arange(0, BD)
+        inside = exists[:, None] & (o_d < D)[None, :]
+        o_state = o_head[:, None] + o_d[None, :]
+        b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
+        tl.store(p_h_final + o_state, b_h, mask=inside)
+        tl.store(p_c_final + o_state, b_c, mask=inside)
+        tl.store(p_m_final + o_state, b_m, mask=inside)
+        tl.store(p_h_before + o_state, b_h.to(p_h_before.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+
+    touched = tl.zeros_like(length) != 0
+    for t in range(0, tl.max(length, 0)):
+        live = is_live(p_mask, t, row, start, length, stride_mb, stride_mt)
+        touched |= live
+        p_read = p_h_before + t % 2 * half
+        p_write = p_h_before + (t + 1) % 2 * half
+        # All addresses of a step, kept in registers from step to step, would fill these.
+        for first in tl.range(0, units, BD, disable_licm=True):
+            o_d = first + tl.arange(0, BD)
+            inside = exists[:, None] & (o_d < D)[None, :]
+            alive = live[:, None] & inside
+            x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, t, stride_gt, o_d), stride_gg, alive)
+            bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
+            b_i = x_i.to(tl.float32) + bias_i[None, :]
+            b_f = x_f.to(tl.float32) + bias_f[None, :]
+            b_z = x_z.to(tl.float32) + bias_z[None, :]
+            b_o = x_o.to(tl.float32) + bias_o[None, :]
+            for first_k in range(0, units, BK):
+                o_k = first_k + tl.arange(0, BK)
+                o_before = o_head[:, None] + o_k[None, :]
+                b_h_before = tl.load(p_read + o_before, mask=exists[:, None] & (o_k < D)[None, :], other=0.0).to(DOT)
+                w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, 1, D, H, D, DOT)
+                b_i = tl.dot(b_h_before, w_i, acc=b_i, input_precision=PRECISION)
+                b_f = tl.dot(b_h_before, w_f, acc=b_f, input_precision=PRECISION)
+                b_z = tl.dot(b_h_before, w_z, acc=b_z, input_precision=PRECISION)
+                b_o = tl.dot(b_h_before, w_o, acc=b_o, input_precision=PRECISION)
+
+            o_state = o_head[:, None] + o_d[None, :]
+            b_h = tl.load(p_h_final + o_state, mask=inside, other=0.0)
+            b_c = tl.load(p_c_final + o_state, mask=inside, other=0.0)
+            b_m = tl.load(p_m_final + o_state, mask=inside, other=0.0)
+            new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)
+            b_c = tl.where(alive, new_c, b_c)
+            b_h = tl.where(alive, b_o * new_c, b_h)
+            tl.store(p_h_final + o_state, b_h, mask=alive)
+            tl.store(p_c_final + o_state, b_c, mask=alive)
+            tl.store(p_m_final + o_state, new_m, mask=alive)
+            tl.store(p_write + o_state, b_h.to(p_h_before.dtype.element_ty), mask=inside)
+
+            here = (t < length)[:, None] & inside
+            o_here = places(o_token, t, H * D, o_d)
+            tl.store(p_h + o_here, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
+            if p_saved is not None:
+                store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, here)
+                tl.store(p_c + o_here, b_c, mask=here)
+        tl.debug_barrier()
+
+    # Without a step the state is not even brought to n = 1.
+    for first in range(0, D, BD):
+        o_d = first + tl.arange(0, BD)
+        inside = exists[:, None] & (o_d < D)[None, :]
+        untouched = inside & (touched == 0)[:, None]
+        o_state = o_head[:, None] + o_d[None, :]
+        tl.store(p_n_final + o_state, tl.load(p_n_initial + o_state, mask=untouched, other=1.0), mask=inside)
+        tl.store(p_c_final + o_state, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), mask=untouched)
+        tl.store(p_m_final + o_state, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), mask=untouched)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def backward_resident_kernel(
     p_weight,  # (4, H, D_out, D_in)
     p_mask,
     p_bounds,
@@ -264,38 +374,25 @@ def backward_kernel(
     p_dc_final,
     p_dn_final,
     p_dgates,  # (B, T, 4, H, D)
-    p_dh_initial,  # but for what comes from dx_0
+    p_dh_initial,
     p_dc_initial,  # that of n = 1, like dn
     p_dn_initial,
-    p_exchange,  # (2, N, 4, H, D): dx_t in half t % 2; 0 behind the end, dx_0 when all is done
-    p_counter,  # (groups,)
     T,
     N,
-    first_group,
-    first_step,
-    last_step,
     stride_mb,
     stride_mt,
     H: tl.constexpr,
     D: tl.constexpr,
-    P: tl.constexpr,
     BB: tl.constexpr,
     BD: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """With m held constant (it cancels) and dh, dc, dn complete at step t:
-
-    dc += dh o,                  dn -= dh h,                           do~ = dh h (1 - o)
-    di~ = i' (z dc + dn),        df~ = f' (c_{t-1} dc + dn) (1 - f),   dz~ = i' (1 - z^2) dc
-    dh_{t-1} += R^T dx,          dc_{t-1} = f' dc,                     dn_{t-1} = f' dn
-    """
-    ND: tl.constexpr = (D + BD - 1) // BD
-    group, h, o_n, o_d, exists, row, start, length = work(first_group, N, T, p_bounds, H, D, BB, BD)
+    """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
+    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    o_d = tl.arange(0, BD)
     inside = exists[:, None] & (o_d < D)[None, :]
-    o_k = tl.arange(0, P)
-    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, D, 1, H, D, DOT)
-
+    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_d, o_d, D, 1, H, D, DOT)
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_dh = tl.load(p_dh_final + o_state, mask=inside, other=0.0)
     b_dc = tl.load(p_dc_final + o_state, mask=inside, other=0.0)
@@ -303,30 +400,24 @@ def backward_kernel(
 
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
-    o_exchange = (o_n[:, None] * 4 * H + h) * D + o_k[None, :]
-    o_own = (o_n[:, None] * 4 * H + h) * D + o_d[None, :]
-    in_exchange = exists[:, None] & (o_k < D)[None, :]
-    half = tl.cast(N, tl.int64) * 4 * H * D
-
-    last_step = tl.minimum(last_step, tl.max(length, 0))
-    live = is_live(p_mask, last_step - 1, row, start, length, stride_mb, stride_mt)
+    steps = tl.max(length, 0)
+    live = is_live(p_mask, steps - 1, row, start, length, stride_mb, stride_mt)
     here = live[:, None] & inside
-    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, last_step - 1, 4 * H * D, o_d), H * D, here)
-    o_here = places(o_token, last_step - 1, H * D, o_d)
+    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, steps - 1, 4 * H * D, o_d), H * D, here)
+    o_here = places(o_token, steps - 1, H * D, o_d)
     b_c = tl.load(p_c + o_here, mask=here, other=0.0)
     b_out = tl.load(p_dh + o_here, mask=here, other=0.0)
-    d_i, d_f, d_z, d_o = load_four(p_exchange + last_step % 2 * half, o_exchange, H * D, in_exchange)
-    d_i, d_f, d_z, d_o = d_i.to(DOT), d_f.to(DOT), d_z.to(DOT), d_o.to(DOT)
-    for step in range(0, last_step - first_step):
-        t = last_step - 1 - step
+    d_i = tl.zeros((BB, BD), DOT)
+    d_f, d_z, d_o = d_i, d_i, d_i
+    for step in range(0, steps + 1):
+        t = steps - 1 - step
         # What the step before needs is on its way while this one is computed.
         next_live = is_live(p_mask, t - 1, row, start, length, stride_mb, stride_mt)
         next_here = next_live[:, None] & inside
-        reached = (t <= length)[:, None] & inside
         o_before = places(o_token, t - 1, H * D, o_d)
-        o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
-        b_c_before = tl.load(p_c + o_before, mask=reached & (t > 0), other=0.0)
+        b_c_before = tl.load(p_c + o_before, mask=(t <= length)[:, None] & inside & (t > 0), other=0.0)
         b_c_before += tl.load(p_c_initial + o_state, mask=inside & (t == 0), other=0.0)
+        o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
         next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, next_here)
         next_out = tl.load(p_dh + o_before, mask=next_here, other=0.0)
 
@@ -334,38 +425,115 @@ def backward_kernel(
         b_dh = tl.dot(d_f, w_f, acc=b_dh, input_precision=PRECISION)
         b_dh = tl.dot(d_z, w_z, acc=b_dh, input_precision=PRECISION)
         b_dh = tl.dot(d_o, w_o, acc=b_dh, input_precision=PRECISION)
-
-        alive = live[:, None] & inside
         dh = b_dh + b_out.to(tl.float32)
-        dc = b_dc + dh * b_o
-        dn = b_dn - dh * b_o * b_c
-        b_i = sigmoid(b_u)
-        b_f = sigmoid(-b_u)
-        b_di = tl.where(alive, b_i * (b_z * dc + dn), 0.0)
-        b_df = tl.where(alive, b_f * b_shut * (b_c_before * dc + dn), 0.0)
-        b_dz = tl.where(alive, b_i * (1.0 - b_z * b_z) * dc, 0.0)
-        b_do = tl.where(alive, dh * b_c * b_o * (1.0 - b_o), 0.0)
+        b_di, b_df, b_dz, b_do, dc, dn = cell_backward(dh, b_dc, b_dn, b_u, b_shut, b_z, b_o, b_c, b_c_before)
+        alive = live[:, None] & inside
+        b_di = tl.where(alive, b_di, 0.0)
+        b_df = tl.where(alive, b_df, 0.0)
+        b_dz = tl.where(alive, b_dz, 0.0)
+        b_do = tl.where(alive, b_do, 0.0)
         b_dh = tl.where(alive, 0.0, b_dh)
-        b_dc = tl.where(alive, b_f * dc, b_dc)
-        b_dn = tl.where(alive, b_f * dn, b_dn)
-        here = (t < length)[:, None] & inside
+        b_dc = tl.where(alive, dc, b_dc)
+        b_dn = tl.where(alive, dn, b_dn)
+        here = ((t >= 0) & (t < length))[:, None] & inside
         store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, here)
-
-        if ND == 1:
-            d_i, d_f, d_z, d_o = b_di.to(DOT), b_df.to(DOT), b_dz.to(DOT), b_do.to(DOT)
-        else:
-            p_turn = p_exchange + t % 2 * half
-            store_four(p_turn, o_own, H * D, b_di, b_df, b_dz, b_do, inside)
-            if t > first_step:
-                wait_for_all(p_counter + group, (step + 1) * ND)
-                d_i, d_f, d_z, d_o = load_four(p_turn, o_exchange, H * D, in_exchange, SHARED)
-                d_i, d_f, d_z, d_o = d_i.to(DOT), d_f.to(DOT), d_z.to(DOT), d_o.to(DOT)
+        d_i, d_f, d_z, d_o = b_di.to(DOT), b_df.to(DOT), b_dz.to(DOT), b_do.to(DOT)
         live = next_live
         b_u, b_shut, b_z, b_o = next_u, next_shut, next_z, next_o
         b_c, b_out = b_c_before, next_out
 
-    if ND == 1:
-        store_four(p_exchange, o_own, H * D, d_i, d_f, d_z, d_o, inside)
     tl.store(p_dh_initial + o_state, b_dh, mask=inside)
     tl.store(p_dc_initial + o_state, b_dc, mask=inside)
     tl.store(p_dn_initial + o_state, b_dn, mask=inside)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def backward_streamed_kernel(
+    p_weight,  # (4, H, D_out, D_in)
+    p_mask,
+    p_bounds,
+    p_saved,  # (B, T, 4, H, D)
+    p_c,  # (B, T, H, D)
+    p_c_initial,  # that of n = 1
+    p_dh,  # (B, T, H, D)
+    p_dh_final,
+    p_dc_final,
+    p_dn_final,
+    p_dgates,  # (B, T, 4, H, D)
+    p_dh_initial,  # dh, dc and dn of n = 1 from step to step
+    p_dc_initial,
+    p_dn_initial,
+    p_dx,  # (2, N, 4, H, D): the gates' gradients of the step behind and of this one; the first half comes as 0
+    units,  # D, at run time: were it known, the compiler would unroll the loops over blocks, and spill
+    T,
+    N,
+    stride_mb,
+    stride_mt,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
+    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
+    o_head = (o_n * H + h) * D
+    o_dx = (o_n * 4 * H + h) * D
+    half = tl.cast(N, tl.int64) * 4 * H * D
+
+    for first in range(0, D, BD):
+        o_d = first + tl.arange(0, BD)
+        inside = exists[:, None] & (o_d < D)[None, :]
+        o_state = o_head[:, None] + o_d[None, :]
+        tl.store(p_dh_initial + o_state, tl.load(p_dh_final + o_state, mask=inside), mask=inside)
+        tl.store(p_dc_initial + o_state, tl.load(p_dc_final + o_state, mask=inside), mask=inside)
+        tl.store(p_dn_initial + o_state, tl.load(p_dn_final + o_state, mask=inside), mask=inside)
+    tl.debug_barrier()
+
+    steps = tl.max(length, 0)
+    for step in range(0, steps + 1):
+        t = steps - 1 - step
+        live = is_live(p_mask, t, row, start, length, stride_mb, stride_mt)
+        p_read = p_dx + step % 2 * half
+        p_write = p_dx + (step + 1) % 2 * half
+        # All addresses of a step, kept in registers from step to step, would fill these.
+        for first in tl.range(0, units, BD, disable_licm=True):
+            o_d = first + tl.arange(0, BD)
+            inside = exists[:, None] & (o_d < D)[None, :]
+            o_state = o_head[:, None] + o_d[None, :]
+            b_dh = tl.load(p_dh_initial + o_state, mask=inside, other=0.0)
+            for first_k in range(0, units, BK):
+                o_k = first_k + tl.arange(0, BK)
+                o_behind = o_dx[:, None] + o_k[None, :]
+                d_i, d_f, d_z, d_o = load_four(p_read, o_behind, H * D, exists[:, None] & (o_k < D)[None, :])
+                w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, D, 1, H, D, DOT)
+                b_dh = tl.dot(d_i.to(DOT), w_i, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_f.to(DOT), w_f, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_z.to(DOT), w_z, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_o.to(DOT), w_o, acc=b_dh, input_precision=PRECISION)
+
+            alive = live[:, None] & inside
+            o_here = places(o_token, t, H * D, o_d)
+            b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, alive)
+            b_c = tl.load(p_c + o_here, mask=alive, other=0.0)
+            b_c_before = tl.load(p_c + places(o_token, t - 1, H * D, o_d), mask=alive & (t > 0), other=0.0)
+            b_c_before += tl.load(p_c_initial + o_state, mask=alive & (t == 0), other=0.0)
+            dh = b_dh + tl.load(p_dh + o_here, mask=alive, other=0.0).to(tl.float32)
+            dc = tl.load(p_dc_initial + o_state, mask=alive, other=0.0)
+            dn = tl.load(p_dn_initial + o_state, mask=alive, other=0.0)
+            b_di, b_df, b_dz, b_do, dc, dn = cell_backward(dh, dc, dn, b_u, b_shut, b_z, b_o, b_c, b_c_before)
+            b_di = tl.where(alive, b_di, 0.0)
+            b_df = tl.where(alive, b_df, 0.0)
+            b_dz = tl.where(alive, b_dz, 0.0)
+            b_do = tl.where(alive, b_do, 0.0)
+            tl.store(p_dh_initial + o_state, tl.where(alive, 0.0, b_dh), mask=inside)
+            tl.store(p_dc_initial + o_state, dc, mask=alive)
+            tl.store(p_dn_initial + o_state, dn, mask=alive)
+            store_four(p_write, o_dx[:, None] + o_d[None, :], H * D, b_di, b_df, b_dz, b_do, inside)
+            here = ((t >= 0) & (t < length))[:, None] & inside
+            store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, here)
+        tl.debug_barrier()
