@@ -1,0 +1,20 @@
+"""What small models must show. Timings decide nothing here: those claims run by `python scripts/claims.py`."""
+
+import pytest
+
+
+pytest.importorskip("matplotlib")
+
+from claims import CLAIMS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stabilisation",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("state_tracking", "revising_storage", "memory_capacity")),
+    ],
+)
+def test_claim_holds(name, tmp_path):
+    for row in CLAIMS[name](1, tmp_path):
+        assert row["holds"], row
