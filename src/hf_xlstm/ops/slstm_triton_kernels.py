@@ -64,6 +64,7 @@ def work(N, T, p_bounds, H: tl.constexpr, BB: tl.constexpr):
 @triton.jit
 def is_live(p_mask, t, row, start, length, stride_b, stride_t):
     """Whether each sequence has a token at step t that is not masked out."""
+    t += tl.zeros_like(length)  # Triton 3.9 does not interpret the conjunction of a scalar and a block
     live = (t >= 0) & (t < length)
     if p_mask is not None:
         live &= tl.load(p_mask + row * stride_b + (start + t) * stride_t, mask=live, other=0) != 0
@@ -410,13 +411,13 @@ def backward_resident_kernel(
     d_i = tl.zeros((BB, BD), DOT)
     d_f, d_z, d_o = d_i, d_i, d_i
     for step in range(0, steps + 1):
-        t = steps - 1 - step
+        t = tl.zeros_like(length) + (steps - 1 - step)
         # What the step before needs is on its way while this one is computed.
         next_live = is_live(p_mask, t - 1, row, start, length, stride_mb, stride_mt)
         next_here = next_live[:, None] & inside
         o_before = places(o_token, t - 1, H * D, o_d)
-        b_c_before = tl.load(p_c + o_before, mask=(t <= length)[:, None] & inside & (t > 0), other=0.0)
-        b_c_before += tl.load(p_c_initial + o_state, mask=inside & (t == 0), other=0.0)
+        b_c_before = tl.load(p_c + o_before, mask=((t > 0) & (t <= length))[:, None] & inside, other=0.0)
+        b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & inside, other=0.0)
         o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
         next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, next_here)
         next_out = tl.load(p_dh + o_before, mask=next_here, other=0.0)
@@ -496,7 +497,7 @@ def backward_streamed_kernel(
 
     steps = tl.max(length, 0)
     for step in range(0, steps + 1):
-        t = steps - 1 - step
+        t = tl.zeros_like(length) + (steps - 1 - step)
         live = is_live(p_mask, t, row, start, length, stride_mb, stride_mt)
         p_read = p_dx + step % 2 * half
         p_write = p_dx + (step + 1) % 2 * half
@@ -520,8 +521,8 @@ def backward_streamed_kernel(
             o_here = places(o_token, t, H * D, o_d)
             b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, alive)
             b_c = tl.load(p_c + o_here, mask=alive, other=0.0)
-            b_c_before = tl.load(p_c + places(o_token, t - 1, H * D, o_d), mask=alive & (t > 0), other=0.0)
-            b_c_before += tl.load(p_c_initial + o_state, mask=alive & (t == 0), other=0.0)
+            b_c_before = tl.load(p_c + places(o_token, t - 1, H * D, o_d), mask=(t > 0)[:, None] & alive, other=0.0)
+            b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & alive, other=0.0)
             dh = b_dh + tl.load(p_dh + o_here, mask=alive, other=0.0).to(tl.float32)
             dc = tl.load(p_dc_initial + o_state, mask=alive, other=0.0)
             dn = tl.load(p_dn_initial + o_state, mask=alive, other=0.0)
