@@ -1,11 +1,17 @@
-"""The mLSTM op on one GPU: correctness, then time and memory beside other kernels.
+"""The ops on one GPU: correctness, then time and memory beside other kernels.
 
-    python benchmarks/gpu_ops.py --json results/gpu_ops.json [--variants]
+    python benchmarks/gpu_ops.py --json results/gpu_ops.json [--cells slstm] [--variants]
 
-Sequences of S tokens, 65,536 in all, bf16; forward and forward+backward; then decode steps inside a CUDA graph. Ours
-come first, each configuration checked against float64 before it is timed. Baselines run where they are installed:
-mlstm-kernels (TFLA), flash-linear-attention (simple GLA), and the attention of torch. `--variants` measures what the
-launch plan could have chosen, instead of the baselines.
+Forward and forward+backward in bf16, then decode steps inside a CUDA graph. Ours come first, each configuration
+checked against float64 before it is timed.
+
+mLSTM: sequences of S tokens, 65,536 in all. Baselines run where they are installed: mlstm-kernels (TFLA),
+flash-linear-attention (simple GLA), and the attention of torch. `--variants` measures what the launch plan could have
+chosen, instead of the baselines.
+
+sLSTM: B sequences of T tokens, 4 heads of D. Baselines: our PyTorch path, and cuDNN's LSTM (torch.nn.LSTM) of equal
+width, in float16, which every cuDNN takes. The LSTM does more: its recurrent weights are one block instead of 4, and
+the products with its inputs, which the sLSTM gets as gates, are its own.
 """
 
 import functools
@@ -28,10 +34,11 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_xlstm.ops import mlstm, mlstm_step, mlstm_triton
+from hf_xlstm.ops import mlstm, mlstm_step, mlstm_triton, slstm, slstm_step
 from hf_xlstm.ops import mlstm_triton_launch as launch
 
 
+CELLS = ["mlstm", "slstm"]
 TOKENS = 65_536
 LENGTHS = [512, 2048, 8192, 65_536]
 SHAPES = [(8, 256, 512), (16, 128, 256)]  # heads, K, V
@@ -39,6 +46,17 @@ ATTENTION_SHAPE = (32, 128)  # heads, head dim: the attention of a 7B Transforme
 STEP_BATCHES = [1, 8, 64, 1024]
 L2_BYTES = 50e6
 BOUNDS = {"h": 1e-2, "q": 3e-2, "k": 3e-2, "v": 1.5e-2, "igate": 3e-2, "fgate": 5e-2}
+
+SLSTM_HEADS = 4
+SLSTM_SHAPES = [  # B, T, D
+    *((16, 1024, D) for D in (64, 128, 256, 512)),
+    *((B, 1024, 128) for B in (1, 64)),
+    *((16, T, 128) for T in (256, 4096)),
+]
+SLSTM_STEP_SHAPES = [(B, D) for D in (64, 128, 256, 512) for B in (1, 64)]
+SLSTM_LAYERS = 32  # with weights of their own: those of one layer would stay in the cache
+SLSTM_BACKENDS = {OURS: "triton", "pytorch": "torch"}
+SLSTM_BOUNDS = {"h": 1e-2, "gates": 3e-2, "recurrent_weight": 3e-2, "bias": 3e-2}
 
 # What the launch plan decides, decided otherwise: module, name, value.
 VARIANTS = {
@@ -64,25 +82,30 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def check(inputs: Inputs, dh: torch.Tensor) -> dict[str, float]:
-    """Errors of h and of all gradients against float64, in the first and the last sequence, one head of each."""
-    h = mlstm(**inputs, backend="triton")[0]
-    gradients = dict(zip(inputs, torch.autograd.grad(h, list(inputs.values()), dh), strict=True))
-    errors = dict.fromkeys(BOUNDS, 0.0)
-    for row, head in ((0, 0), (-1, -1)):
-        part = {name: x.detach()[row, :, head, None][None].double().requires_grad_() for name, x in inputs.items()}
-        expected_h = mlstm(**part, backend="torch")[0]
-        expected = torch.autograd.grad(expected_h, list(part.values()), dh[row, :, head, None][None].double())
-        pairs = {"h": (h, expected_h)} | {n: (gradients[n], e) for n, e in zip(part, expected, strict=True)}
-        for name, (ours, theirs) in pairs.items():
-            ours = ours.detach()[row, :, head, None][None]
-            errors[name] = max(errors[name], relative_error(ours, theirs.detach()))
-    if not all(errors[name] <= bound for name, bound in BOUNDS.items()):
-        raise ValueError(f"wrong result, not timed: {errors}, allowed {BOUNDS}")
+def check(op: Callable, inputs: Inputs, oracle: str, parts: list[Callable], bounds: dict[str, float]) -> dict:
+    """Errors of h and of all gradients against float64, in some parts of the tensors that are a problem of their own.
+    A part gets a name (of an input, or h) and the tensor."""
+    h = op(**inputs, backend="triton")[0]
+    dh = torch.randn_like(h)
+    actual = {"h": h} | dict(zip(inputs, torch.autograd.grad(h, list(inputs.values()), dh), strict=True))
+    errors = dict.fromkeys(bounds, 0.0)
+    for part in parts:
+        leaves = {name: part(name, x.detach()).double().requires_grad_() for name, x in inputs.items()}
+        expected_h = op(**leaves, backend=oracle)[0]
+        expected = torch.autograd.grad(expected_h, list(leaves.values()), part("h", dh).double())
+        for name, theirs in zip(("h", *leaves), (expected_h, *expected), strict=True):
+            error = relative_error(part(name, actual[name].detach()), theirs.detach())
+            errors[name] = max(errors[name], error)
+    if not all(errors[name] <= bound for name, bound in bounds.items()):
+        raise ValueError(f"wrong result, not timed: {errors}, allowed {bounds}")
     return errors
 
 
-# --- the contestants: each gives a forward pass and its leaves
+def sequence_and_head(row: int, head: int, name: str, x: torch.Tensor) -> torch.Tensor:
+    return x[row, :, head, None][None]
+
+
+# --- the contestants of the mLSTM: each gives a forward pass and its leaves
 
 
 def ours(inputs: Inputs):
@@ -131,16 +154,23 @@ ATTENTION: dict[str, Callable] = {  # does not depend on the shape
 }
 
 
-def jobs(variants: bool) -> Iterator[Job]:
-    yield from sequence_jobs({OURS: ours})
-    for B in STEP_BATCHES:
-        yield {"op": "step", "kernel": OURS, "batch": B}, functools.partial(time_step, B, *SHAPES[0])
-    if not variants:
+def jobs(cells: list[str], variants: bool) -> Iterator[Job]:
+    if "mlstm" in cells:
+        yield from sequence_jobs({OURS: ours})
+        for B in STEP_BATCHES:
+            yield {"op": "step", "kernel": OURS, "batch": B}, functools.partial(time_step, B, *SHAPES[0])
+    if variants:
+        for name in VARIANTS:
+            with mock.patch.object(*VARIANTS[name]):
+                for row, job in sequence_jobs({OURS: ours}):
+                    yield row | {"variant": name}, job
+        return
+    if "slstm" in cells:
+        yield from slstm_jobs([OURS])
+    if "mlstm" in cells:
         yield from sequence_jobs(BASELINES, ATTENTION)
-    for name in VARIANTS if variants else ():
-        with mock.patch.object(*VARIANTS[name]):
-            for row, job in sequence_jobs({OURS: ours}):
-                yield row | {"variant": name}, job
+    if "slstm" in cells:
+        yield from slstm_jobs(["pytorch", "cudnn_lstm"])
 
 
 def sequence_jobs(contestants: dict[str, Callable], for_first_shape: dict[str, Callable] | None = None):
@@ -153,26 +183,34 @@ def sequence_jobs(contestants: dict[str, Callable], for_first_shape: dict[str, C
 
 def sequence_row(make: Callable, S: int, H: int, K: int, V: int) -> dict:
     inputs = make_inputs(S, H, K, V)
-    errors = {"errors": check(inputs, torch.randn_like(inputs["v"]))} if make is ours else {}
-    return errors | time_sequence(*make(inputs))
+    row = {}
+    if make is ours:
+        parts = [functools.partial(sequence_and_head, i, i) for i in (0, -1)]
+        row["errors"] = check(mlstm, inputs, "torch", parts, BOUNDS)
+    forward, leaves = make(inputs)
+    return row | time_sequence(forward, leaves) | time_with_cold_allocator(forward)
+
+
+def passes(forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward alone, and forward and backward."""
+    gradient = torch.randn_like(forward())
+    return torch.no_grad()(forward), lambda: forward().backward(gradient)
 
 
 def time_sequence(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> dict[str, float]:
-    gradient = torch.randn_like(forward())
-
-    def without_gradient():
-        with torch.no_grad():
-            return forward()
-
-    def training():
-        forward().backward(gradient)
-
+    inference, training = passes(forward)
     return {
-        "forward_ms": milliseconds(without_gradient),
+        "forward_ms": milliseconds(inference),
         "training_ms": milliseconds(training, leaves),
-        "forward_cold_ms": milliseconds_cold_allocator(without_gradient),
-        "training_cold_ms": milliseconds_cold_allocator(training),
         "training_gb": peak_gigabytes(training),
+    }
+
+
+def time_with_cold_allocator(forward: Callable[[], torch.Tensor]) -> dict[str, float]:
+    inference, training = passes(forward)
+    return {
+        "forward_cold_ms": milliseconds_cold_allocator(inference),
+        "training_cold_ms": milliseconds_cold_allocator(training),
     }
 
 
@@ -202,13 +240,103 @@ def time_step(B: int, H: int, K: int, V: int) -> dict:
     return {"H": H, "K": K, "V": V, "us": us, "tb_per_s": 2 * state_bytes / us / 1e6, "errors": errors}
 
 
+# --- sLSTM
+
+
+def slstm_jobs(kernels: list[str]) -> Iterator[Job]:
+    for B, T, D in SLSTM_SHAPES:
+        for name in kernels:
+            row = {"op": "slstm_sequence", "kernel": name, "B": B, "T": T, "D": D}
+            yield row, functools.partial(slstm_sequence, name, B, T, D)
+    for B, D in SLSTM_STEP_SHAPES:
+        for name in kernels:
+            yield {"op": "slstm_step", "kernel": name, "B": B, "D": D}, functools.partial(time_slstm_step, name, B, D)
+
+
+def make_slstm_inputs(B: int, T: int, D: int) -> Inputs:
+    """The parameters as a new model has them where R is not zero."""
+    H = SLSTM_HEADS
+    weight = torch.empty(4, H, D, D).uniform_(-1, 1) / (H * D) ** 0.5
+    bias = torch.zeros(4, H, D)
+    bias[1] = torch.linspace(5, -7, D)
+    inputs = {"gates": torch.randn(B, T, 4, H, D), "recurrent_weight": weight, "bias": bias}
+    return {name: x.bfloat16().requires_grad_() for name, x in inputs.items()}
+
+
+def slstm_sequence(kernel: str, B: int, T: int, D: int) -> dict:
+    if kernel == "cudnn_lstm":
+        return time_sequence(*cudnn_lstm(B, T, SLSTM_HEADS * D))
+    inputs, row = make_slstm_inputs(B, T, D), {}
+    if kernel == OURS:
+        parts = [functools.partial(slstm_head, i) for i in (0, -1)]
+        row["errors"] = check(slstm, inputs, "reference", parts, SLSTM_BOUNDS)
+    return row | time_sequence(lambda: slstm(**inputs, backend=SLSTM_BACKENDS[kernel])[0], list(inputs.values()))
+
+
+def slstm_head(head: int, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Of all sequences, which share the parameters."""
+    dim = {"gates": 3, "recurrent_weight": 1, "bias": 1, "h": 2}[name]
+    return x.select(dim, head).unsqueeze(dim)
+
+
+def cudnn_lstm(B: int, T: int, width: int):
+    lstm = torch.nn.LSTM(width, width, dtype=torch.float16)
+    x = torch.randn(T, B, width, dtype=torch.float16, requires_grad=True)
+
+    def forward():
+        lstm.train(torch.is_grad_enabled())  # else it keeps what a backward pass would need
+        return lstm(x)[0]
+
+    return forward, [x, *lstm.parameters()]
+
+
+def time_slstm_step(kernel: str, B: int, D: int) -> dict:
+    """One decode step of one layer, in place."""
+    steps, row = cudnn_lstm_steps(B, D) if kernel == "cudnn_lstm" else slstm_steps(SLSTM_BACKENDS[kernel], B, D)
+    us = triton.testing.do_bench_cudagraph(steps, rep=100, return_mode="median") / SLSTM_LAYERS * 1e3
+    return row | {"us": us}
+
+
+def slstm_steps(backend: str, B: int, D: int) -> tuple[Callable[[], None], dict]:
+    states = [tuple(torch.zeros(4, B, SLSTM_HEADS, D)) for _ in range(SLSTM_LAYERS)]
+    inputs = [[x.detach() for x in make_slstm_inputs(1, B, D).values()] for _ in range(SLSTM_LAYERS)]
+    inputs = [(gates[0], *parameters) for gates, *parameters in inputs]
+
+    def steps():
+        for arguments, state in zip(inputs, states, strict=True):
+            slstm_step(*arguments, state, inplace=True, backend=backend)
+
+    steps()  # so that the states are those of a running model
+    exact_inputs, exact_state = (tuple(x.double() for x in tensors) for tensors in (inputs[0], states[0]))
+    expected_h, (_, expected_c, expected_n, _) = slstm_step(*exact_inputs, exact_state, backend="reference")
+    h, (_, c, n, _) = slstm_step(*inputs[0], states[0], inplace=True, backend=backend)
+    errors = {"h": relative_error(h, expected_h), "c / n": relative_error(c / n, expected_c / expected_n)}
+    if not all(error <= SLSTM_BOUNDS["h"] for error in errors.values()):
+        raise ValueError(f"wrong result, not timed: {errors}")
+    return steps, {"errors": errors}
+
+
+def cudnn_lstm_steps(B: int, D: int) -> tuple[Callable[[], None], dict]:
+    width = SLSTM_HEADS * D
+    layers = [torch.nn.LSTM(width, width, dtype=torch.float16).eval() for _ in range(SLSTM_LAYERS)]
+    x, h, c = torch.randn(3, 1, B, width, dtype=torch.float16)
+
+    def steps():
+        with torch.no_grad():
+            for layer in layers:
+                layer(x, (h, c))
+
+    return steps, {}
+
+
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--variants", action="store_true", help="what the launch plan could have chosen")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
     args = parser.parse_args()
     torch.set_default_device(DEVICE)
     torch.manual_seed(0)
-    return measure(jobs(args.variants), args)
+    return measure(jobs(args.cells, args.variants), args)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def test_ops(benchmark, arguments):
     code, rows = benchmark(
         "gpu_ops",
         *arguments,
+        "--cells",
+        "mlstm",
         TOKENS=68,
         LENGTHS=LENGTHS,
         SHAPES=[(2, 16, 32), (1, 32, 16)],
@@ -74,10 +76,19 @@ def test_ops(benchmark, arguments):
     assert len(rows) == 1 + len(LENGTHS) * (2 * 5 if arguments else 2 * 3 + 2)
 
 
+def test_slstm_ops(benchmark):
+    """One head dim is resident, the other streamed."""
+    shapes = {"SLSTM_SHAPES": [(2, 9, 16), (1, 5, 72)], "SLSTM_STEP_SHAPES": [(2, 16), (1, 72)], "SLSTM_LAYERS": 2}
+    code, rows = benchmark("gpu_ops", "--cells", "slstm", **shapes)
+    assert code == 0 and not failures(rows), failures(rows)
+    assert [row["kernel"] for row in rows] == 4 * ["hf_xlstm"] + 4 * ["pytorch", "cudnn_lstm"]
+    assert not any("failed" in row for row in rows if row["kernel"] == "pytorch")
+
+
 def test_a_wrong_result_is_not_timed(benchmark, monkeypatch):
     exact = dict.fromkeys(("h", "q", "k", "v", "igate", "fgate"), 0.0)
     constants = {"TOKENS": 34, "LENGTHS": [17], "SHAPES": [(1, 16, 16)], "STEP_BATCHES": [], "ATTENTION_SHAPE": (1, 8)}
-    code, rows = benchmark("gpu_ops", **constants, BOUNDS=exact)
+    code, rows = benchmark("gpu_ops", "--cells", "mlstm", **constants, BOUNDS=exact)
     assert code == 1
     assert rows[0]["failed"].startswith("ValueError: wrong result") and "forward_ms" not in rows[0]
 
