@@ -7,6 +7,7 @@ written to the output directory: results.json, a table in README.md, and plots. 
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -310,6 +311,17 @@ def _seconds(function: Callable, repetitions: int = 5) -> float:
     return statistics.median(times)
 
 
+def _in_turns(functions: dict, rounds: int) -> dict:
+    """Median seconds of each, taken in turns so that all meet the same machine."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(x[rounds // 3 :]) for name, x in times.items()}
+
+
 def _plot(path: Path, curves: dict[str, dict[int, float]], x: str, y: str, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     for name, points in curves.items():
@@ -366,16 +378,17 @@ def constant_cost(seeds: int, output: Path) -> list[dict]:
         "Llama": LlamaForCausalLM(llama).eval(),
     }
     token = torch.zeros(1, 1, dtype=torch.long)
-    seconds, bytes_ = {name: {} for name in models}, {name: {} for name in models}
+    seconds, bytes_ = {}, {name: {} for name in models}
     for name, model in models.items():
-        cache = None
+        steps, cache = {}, None
         for context in (256, 1024, 4096, 16384):
             seen = 0 if cache is None else cache.get_seq_length()
             prompt = torch.randint(0, 1024, (1, context - seen))
             cache = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-            step = lambda model=model, cache=cache: model(token, past_key_values=cache, use_cache=True)  # noqa: E731
-            seconds[name][context] = _seconds(step, 15)
             bytes_[name][context] = _cache_bytes(cache)
+            own = copy.deepcopy(cache)
+            steps[context] = lambda model=model, own=own: model(token, past_key_values=own, use_cache=True)
+        seconds[name] = _in_turns(steps, 60)
     _plot(output / "constant_cost_time.png", seconds, "context, tokens", "seconds per token", "Time per token")
     _plot(output / "constant_cost_memory.png", bytes_, "context, tokens", "bytes", "State of one sequence")
     growth = {name: [s[16384] / s[256]] for name, s in seconds.items()}
