@@ -140,16 +140,17 @@ def all_launches(dtype: torch.dtype, K: int, V: int, hopper: bool) -> dict[Launc
     return launches
 
 
-def record_slstm_launches(dtype: torch.dtype, D: int, T: int) -> dict[Launch, None]:
+def record_slstm_launches(dtype: torch.dtype, D: int, T: int, blackwell: bool) -> dict[Launch, None]:
     """What a step, a forward and a backward pass with mask launch."""
     B, H = 2, HEADS
     gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
     weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
     state = tuple(empty(B, H, D) for _ in range(4))
+    plan = slstm.plan(D, dtype, blackwell)
     with recording() as launches:
-        slstm.run_forward(gates[:, :1], weight, bias, state, state, None, None, save=False)
-        h, saved, c = slstm.run_forward(gates, weight, bias, state, state, mask, None, save=True)
-        slstm.run_backward(h, state[:3], weight, state[1], mask, None, saved, c)
+        slstm.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, plan)
+        h, saved, c = slstm.run_forward(gates, weight, bias, state, state, mask, None, True, plan)
+        slstm.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, plan)
     return launches
 
 
@@ -214,8 +215,13 @@ class Case(NamedTuple):
     @classmethod
     def of(cls, dtype: str, *dims: int) -> "Case":
         if len(dims) == 1:
-            at_length = functools.partial(record_slstm_launches, DTYPES[dtype], *dims)
-            return cls({"dtype": dtype, "D": dims[0]}, lambda _: at_length(1000), at_length, LENGTHS)
+            record = functools.partial(record_slstm_launches, DTYPES[dtype], *dims)
+            return cls(
+                {"dtype": dtype, "D": dims[0]},
+                lambda architecture: record(1000, architecture in ("sm_100", "sm_120")),
+                functools.partial(record, blackwell=False),
+                LENGTHS,
+            )
         K, V = dims
         # Where a token's features are not a multiple of 16 elements, whether a sequence's are depends on its length:
         # two compilations then serve all lengths.

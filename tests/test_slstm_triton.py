@@ -36,7 +36,7 @@ def poisoned_memory():
 def head_dim(request, monkeypatch):
     """A head whose R stays on chip, and one that is read in blocks at every step."""
     if request.param == "resident":
-        assert plan(5, F32).BK is None
+        assert plan(5, F32, blackwell=False).BK is None
         return 5
     monkeypatch.setattr("hf_xlstm.ops.slstm_triton.plan", lambda *_: Blocks(16, 16, num_warps=4, num_stages=1))
     return 20
@@ -281,9 +281,10 @@ def test_compiles():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("D", [1, 16, 33, 64, 100, 512])
-def test_plan_fits(D, dtype):
+@pytest.mark.parametrize("blackwell", [False, True])
+def test_plan_fits(D, dtype, blackwell):
     """R stays on chip only whole, and where it fits there; blocks are powers of two."""
-    cut = plan(D, dtype)
+    cut = plan(D, dtype, blackwell)
     if cut.BK is None:
         assert D <= cut.BD
         assert 4 * cut.BD**2 * (2 if dtype == BF16 else 4) <= 32 * 1024

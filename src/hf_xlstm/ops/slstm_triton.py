@@ -44,19 +44,25 @@ class Blocks(NamedTuple):
         return options
 
 
-def plan(D: int, dtype: torch.dtype) -> Blocks:
+def is_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 10
+
+
+def plan(D: int, dtype: torch.dtype, blackwell: bool) -> Blocks:
     """Nothing depends on T or on the batch size. What each choice takes in registers and in shared memory is what
     benchmarks/kernel_resources.py reports.
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
-    half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up.
+    half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. For
+    Blackwell it spills even so, unless float32 has more warps; for the others, then.
     """
     bf16 = dtype == torch.bfloat16
     maxnreg = None if dtype == torch.float32 else 255
     if (64 if bf16 else 32) >= D:
         num_warps = 8 if dtype == torch.float32 else 4
         return Blocks(max(16, triton.next_power_of_2(D)), None, num_warps, num_stages=1, maxnreg=maxnreg)
-    return Blocks(32, 64 if bf16 else 32, num_warps=8, num_stages=2, maxnreg=maxnreg)
+    num_warps = 16 if dtype == torch.float32 and blackwell else 8
+    return Blocks(32, 64 if bf16 else 32, num_warps, num_stages=2, maxnreg=maxnreg)
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
@@ -68,7 +74,7 @@ def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if common.dot_options(dtype)["DOT"] == tl.bfloat16 else torch.float32
 
 
-def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save: bool):
+def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save: bool, blocks: Blocks):
     """h, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c. The final state goes into `final`,
     which may be `state` itself where every sequence takes a step."""
     B, T, _, H, D = gates.shape
@@ -77,7 +83,6 @@ def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, s
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
-    blocks = plan(D, gates.dtype)
     kernel, exchange = kernels.forward_resident_kernel, ()
     if blocks.BK is not None:
         kernel = kernels.forward_streamed_kernel
@@ -107,13 +112,12 @@ def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, s
     return h, saved, c
 
 
-def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c):
+def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, blocks: Blocks):
     """Gradients of the gates and of the initial h, c, n, those of n = 1."""
     B, T, H, D = dh.shape
     N = initial_c.shape[0]
     dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
     dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
-    blocks = plan(D, dh.dtype)
     kernel, exchange = kernels.backward_resident_kernel, ()
     if blocks.BK is not None:
         kernel = kernels.backward_streamed_kernel
@@ -161,7 +165,8 @@ def slstm_forward(
     """h, the final state, and what the backward pass needs: empty tensors without `save`."""
     state = tuple(x.contiguous() for x in (h0, c0, n0, m0))
     final = tuple(torch.empty_like(x) for x in state)
-    h, saved, c = run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save)
+    blocks = plan(gates.shape[-1], gates.dtype, is_blackwell(gates.device))
+    h, saved, c = run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save, blocks)
     return h, *final, *((saved, c) if save else (h0.new_empty(0), h0.new_empty(0)))
 
 
@@ -192,7 +197,8 @@ def slstm_backward(
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
     dfinal = (dh_final, dc_final, dn_final)
     initial_c = torch.where(n0 == 0, 0, c0 / n0)
-    dgates, dh0, dc0, dn0 = run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c)
+    blocks = plan(dh.shape[-1], dh.dtype, is_blackwell(dh.device))
+    dgates, dh0, dc0, dn0 = run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, blocks)
     before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
     d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before)
@@ -273,7 +279,8 @@ def slstm_step_inplace(
     given = (h, c, n, m)
     state = tuple(x.contiguous() for x in given)
     gates = gates[:, None]
-    output, _, _ = run_forward(gates, recurrent_weight, bias, state, state, None, None, save=False)
+    blocks = plan(gates.shape[-1], gates.dtype, is_blackwell(gates.device))
+    output, _, _ = run_forward(gates, recurrent_weight, bias, state, state, None, None, False, blocks)
     for old, new in zip(given, state, strict=True):
         if old is not new:
             old.copy_(new)
