@@ -1,6 +1,7 @@
 """The Triton mLSTM against the float64 recurrence: on the GPU where there is one, else in Triton's interpreter."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -279,11 +280,12 @@ def test_gradients_large(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gates", GATES)
 def test_gradient_regimes(gates, dtype):
-    if gates == "wild" and dtype == torch.bfloat16:
-        pytest.skip("h is then one of the v: the gradients cancel to less than the rounding of h")
     tolerance = GRADIENT_TOLERANCE[dtype]
     if gates in ("loud", "capped", "wild"):
         tolerance = {name: max(bound, 1e-3) for name, bound in tolerance.items()}
+    if gates == "wild" and dtype == torch.bfloat16:
+        # h is one of the v: but for dv the gradients cancel to less than the rounding of h, and must be finite only
+        tolerance = dict.fromkeys(tolerance, math.inf) | {"v": tolerance["v"]}
     check_gradients(make_inputs(2, 130, 1, 24, 40, dtype, gates), tolerance)
 
 
