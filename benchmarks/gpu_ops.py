@@ -61,6 +61,8 @@ SLSTM_BOUNDS = {"h": 1e-2, "gates": 3e-2, "recurrent_weight": 3e-2, "bias": 3e-2
 # What the launch plan decides, decided otherwise: module, name, value.
 VARIANTS = {
     "chunks of 64": (launch.GPU, "of", lambda device: launch.GPU(hopper=False, processors=132)),
+    "C in memory": (launch, "fused_plan", lambda *_: None),
+    "C on chip, however few the sequences": (launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=1)),
     "saved states": (mlstm_triton, "SAVE_STATES", True),
     "no segments": (launch, "MIN_SEGMENTS", 10**9),
     "two segments or more": (launch, "MIN_SEGMENTS", 2),

@@ -39,7 +39,10 @@ CELLS = ("mlstm", "slstm")
 # (dtype, K, V) of the mLSTM, (dtype, D) of the sLSTM
 QUICK = [("bf16", 256, 512), ("bf16", 64), ("bf16", 256)]
 ALL = [
-    *(("bf16", *dims) for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (96, 200), (9, 33)]),
+    *(
+        ("bf16", *dims)
+        for dims in [(64, 64), (128, 128), (128, 256), (256, 512), (512, 512), (192, 384), (96, 200), (9, 33)]
+    ),
     *((dtype, *dims) for dtype in ("fp32", "fp16") for dims in [(64, 64), (256, 512), (96, 200)]),
     *(("bf16", D) for D in (16, 64, 100, 128, 256, 512)),
     *((dtype, D) for dtype in ("fp32", "fp16") for D in (16, 32, 64, 192, 512)),
@@ -125,7 +128,8 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU,
     inputs = (q, k, v, igate, fgate, mask)
     with recording() as launches:
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
-        launch.forward(*inputs, None, state, state, 0.1, 1e-6, plan)
+        for forward_plan in filter(None, (plan, launch.fused_plan(q, v, B, gpu))):
+            launch.forward(*inputs, None, state, state, 0.1, 1e-6, forward_plan)
         launch.backward(v, state[:2], *inputs, None, state, state[:2], None, v, s, 0.1, 1e-6, plan)
     return launches
 

@@ -73,7 +73,7 @@ def test_ops(benchmark, arguments):
     )
     assert code == 0 and not failures(rows), failures(rows)
     assert {row["op"] for row in rows} == {"sequence", "step"}
-    assert len(rows) == 1 + len(LENGTHS) * (2 * 5 if arguments else 2 * 3 + 2)
+    assert len(rows) == 1 + len(LENGTHS) * (2 * 7 if arguments else 2 * 3 + 2)
 
 
 def test_slstm_ops(benchmark):

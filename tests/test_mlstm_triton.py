@@ -44,6 +44,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["C in memory", "C on chip"])
+def either_forward(request, monkeypatch):
+    """C on chip in float32, too, which shows more than bfloat16. Head dims must be multiples of 16."""
+    if request.param == "C on chip":
+        decide, gpu = launch.fused_plan, launch.GPU(hopper=True, processors=1)
+        monkeypatch.setattr(launch, "fused_plan", lambda q, v, *_: decide(q.bfloat16(), v, 1, gpu))
+
+
 def make_inputs(B, T, H, K, V, dtype=torch.float32, gates="unit"):
     """q, k, v as slices of one projection, so that no stride is the contiguous one."""
     q, k, v = torch.randn(B, T, H, 2 * K + V, device=DEVICE).to(dtype).split([K, K, V], dim=-1)
@@ -121,11 +129,11 @@ def test_forward_large(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gates", GATES)
-def test_gate_regimes(gates, dtype):
+def test_gate_regimes(either_forward, gates, dtype):
     """Loud and capped gates make n.q cancel: float32 itself is no better than this there."""
     tolerance = 1e-3 if gates in ("loud", "capped", "wild") else 1e-5
     for length in (16, 200):
-        check_forward(make_inputs(2, length, 2, 24, 40, dtype, gates), max(tolerance, TOLERANCE[dtype]))
+        check_forward(make_inputs(2, length, 2, 48, 80, dtype, gates), max(tolerance, TOLERANCE[dtype]))
 
 
 @pytest.mark.parametrize("length", [16, 100])
@@ -141,20 +149,20 @@ def test_extreme_gates_stay_finite(length, igate, fgate):
 
 
 @pytest.mark.parametrize("length", [12, 150])
-def test_closed_forget_gate_is_a_reset(length):
-    inputs = make_inputs(1, length, 2, 16, 24)
+def test_closed_forget_gate_is_a_reset(either_forward, length):
+    inputs = make_inputs(1, length, 2, 16, 48)
     inputs[4][:, [0, 5, 6, 11]] = -INF
     inputs[3][:, 3] = -INF
     inputs[4][:, [2, 9]] = INF
-    state = make_state(1, 2, 16, 24)
+    state = make_state(1, 2, 16, 48)
     check_forward(inputs, 1e-5, initial_state=state)
 
 
 @pytest.mark.parametrize("length", [10, 150])
 @pytest.mark.parametrize("masking", ["left", "right", "holes", "all"])
-def test_mask(length, masking):
-    inputs = make_inputs(2, length, 2, 16, 24)
-    state = make_state(2, 2, 16, 24)
+def test_mask(either_forward, length, masking):
+    inputs = make_inputs(2, length, 2, 16, 48)
+    state = make_state(2, 2, 16, 48)
     mask = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
     if masking == "left":
         mask[0, : length // 2] = False
@@ -177,14 +185,14 @@ def test_mask(length, masking):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_sequences(dtype):
+def test_packed_sequences(either_forward, dtype):
     bounds = [0, 1, 40, 40, 168, 200]
-    inputs = make_inputs(1, bounds[-1], 2, 16, 24, dtype)
+    inputs = make_inputs(1, bounds[-1], 2, 16, 48, dtype)
     inputs[4][:, 45] = -INF
     mask = torch.rand(1, bounds[-1], device=DEVICE) < 0.9
     cu_seqlens = torch.tensor(bounds, device=DEVICE)
     check_forward(inputs, TOLERANCE[dtype], cu_seqlens=cu_seqlens)
-    state = make_state(len(bounds) - 1, 2, 16, 24)
+    state = make_state(len(bounds) - 1, 2, 16, 48)
     h, final = check_forward(inputs, TOLERANCE[dtype], cu_seqlens=cu_seqlens, initial_state=state, mask=mask)
     for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
@@ -210,8 +218,19 @@ def test_many_chunks(monkeypatch, packed):
     check_forward(inputs, 1e-5, initial_state=make_state(3 if packed else 1, 2, 16, 16), **options)
 
 
-def test_two_halves_make_the_whole():
-    inputs = make_inputs(2, 100, 2, 16, 24)
+@pytest.mark.parametrize(
+    "K, V, sequences, fused",
+    [(256, 512, 2, False), (256, 512, 3, True), (128, 256, 8, False), (128, 256, 9, True), (96, 200, 99, False)],
+)
+def test_c_stays_on_chip_where_the_programs_fill_the_gpu(K, V, sequences, fused):
+    q, _, v, *_ = make_inputs(1, 1, 8, K, V, torch.bfloat16)
+    hopper = launch.GPU(hopper=True, processors=132)
+    assert bool(launch.fused_plan(q, v, sequences, hopper)) is fused
+    assert launch.fused_plan(q.float(), v.float(), sequences, hopper) is None
+
+
+def test_two_halves_make_the_whole(either_forward):
+    inputs = make_inputs(2, 100, 2, 16, 48)
     h, final = run(mlstm_triton, inputs, output_final_state=True)
     first, state = run(mlstm_triton, [x[:, :37] for x in inputs], output_final_state=True)
     before = tuple(x.clone() for x in state)
@@ -311,9 +330,9 @@ def test_gradients_from_the_state_alone():
     assert (actual["q"] == 0).all()
 
 
-def test_gradients_masked_and_packed():
+def test_gradients_masked_and_packed(either_forward):
     bounds = [0, 1, 40, 40, 139, 150]
-    inputs = make_inputs(1, bounds[-1], 2, 16, 24)
+    inputs = make_inputs(1, bounds[-1], 2, 16, 48)
     inputs[3][:, 3] = -INF
     inputs[4][:, [45, 60]] = -INF
     inputs[4][:, [50, 51]] = INF
@@ -321,15 +340,15 @@ def test_gradients_masked_and_packed():
     actual = check_gradients(
         inputs,
         dict.fromkeys("qkvifcn", 1e-5),
-        state=make_state(len(bounds) - 1, 2, 16, 24),
+        state=make_state(len(bounds) - 1, 2, 16, 48),
         cu_seqlens=torch.tensor(bounds, device=DEVICE),
         mask=mask,
     )
     assert all((actual[name][~mask] == 0).all() for name in "qkvif")
 
 
-def test_backpropagation_through_two_segments():
-    inputs = make_inputs(2, 100, 2, 16, 24)
+def test_backpropagation_through_two_segments(either_forward):
+    inputs = make_inputs(2, 100, 2, 16, 48)
     inputs[4].add_(3)
     dh = torch.randn_like(inputs[2])
     whole, _ = gradients(mlstm_triton, inputs, None, dh, None)
@@ -436,12 +455,13 @@ def test_addresses_and_grids_beyond_their_usual_limits(shape):
 # --- step, operators
 
 
-def test_chunks_of_hopper(monkeypatch):
-    """128 tokens instead of 64, with larger blocks."""
-    monkeypatch.setattr(launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=132))
-    inputs = make_inputs(1, 200, 1, 80, 64, torch.bfloat16)
-    check_forward(inputs, TOLERANCE[torch.bfloat16])
-    check_gradients(inputs, GRADIENT_TOLERANCE[torch.bfloat16], state=make_state(1, 1, 80, 64))
+@pytest.mark.parametrize("processors", [132, 1], ids=["C in memory", "C on chip"])
+def test_hopper(monkeypatch, processors):
+    """Chunks of 128 tokens instead of 64, with larger blocks; or all rows of C in one program."""
+    monkeypatch.setattr(launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=processors))
+    inputs = make_inputs(1, 200, 1, 80, 144, torch.bfloat16)
+    check_forward(inputs, TOLERANCE[torch.bfloat16], initial_state=make_state(1, 1, 80, 144))
+    check_gradients(inputs, GRADIENT_TOLERANCE[torch.bfloat16], state=make_state(1, 1, 80, 144))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -57,7 +57,10 @@ def mlstm_forward(
         if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
             h, s = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
-            plan = launch.plan(q, v, launch.GPU.of(q.device))
+            gpu = launch.GPU.of(q.device)
+            sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            fused = None if save_states else launch.fused_plan(q, v, sequences, gpu)
+            plan = fused or launch.plan(q, v, gpu)
             h, s, saved = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
     if not save_states:
         saved = [q.new_empty(0), q.new_empty(0)]

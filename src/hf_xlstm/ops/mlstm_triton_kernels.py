@@ -15,6 +15,8 @@ m depends on the gates alone, so it is known before any product is formed and ev
 Five kernels, in order: gates (b, the maxima), borders (m between chunks), states (C, n between chunks), scores
 (P S / D, once per chunk), outputs (two products per chunk and block of V). With m known, C and n are linear in what
 enters: where sequences are few and long, the states of their segments are computed side by side and then combined.
+Where they are many and C fits on chip, it stays there: of the states only n is written, and after the scores one
+kernel makes C and the outputs.
 
 b_t - b_j loses the digits of a mild decay behind a strong one. So b is kept as coarse / UNITS + fine: log f in whole
 units, whose sums and differences are exact integers, and the rest, whose sums stay small. A forget gate of
@@ -40,7 +42,7 @@ LOWEST = tl.constexpr(-1e4)
 TINY = tl.constexpr(1e-37)  # 1 / TINY is finite
 # Run-time values that change with T, which no kernel is specialised on. The strides of q, k and v may too, but are
 # left to Triton: known to be multiples of 16, as they are where H K and H V are, they keep loads wide.
-PER_CALL = ["T", "chunks_per_row", "segments", "chunks_per_segment"]
+PER_CALL = ["T", "width", "chunks_per_row", "segments", "chunks_per_segment"]
 GATE_STRIDES = [f"stride_{name}" for name in ("ib", "it", "ih", "fb", "ft", "fh", "mb", "mt")]
 
 
@@ -414,6 +416,7 @@ def score_kernel(
     p_bounds,
     p_first_chunk,
     p_sequence,
+    width,  # K, at run time: were it known, the compiler would unroll a loop over three blocks, and spill
     T,
     chunks_per_row,
     scale,
@@ -446,7 +449,7 @@ def score_kernel(
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
     b_s = tl.zeros((L, L), tl.float32)
     qn = tl.zeros((L,), tl.float32)
-    for k in range(0, K, BK):
+    for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
         b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
         b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)
@@ -521,6 +524,142 @@ def output_kernel(
         b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)
         b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
     store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def normalizer_kernel(
+    p_k,
+    p_log_w,
+    p_chunk_decay,
+    p_m,
+    p_m_next,
+    p_n_initial,
+    p_n,  # (chunks, H, K) the state that enters each chunk
+    p_n_final,
+    p_bounds,
+    p_first_chunk,
+    T,
+    chunks_per_row,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """n alone from chunk to chunk: what the scores need of the state, where C is left to `fused_kernel`."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    h = pid // NK % H
+    sequence = pid // (NK * H)
+    row, start, end, first, last = sequence_chunks(
+        sequence, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L
+    )
+    o_k = pid % NK * BK + tl.arange(0, BK)
+    in_k = o_k < K
+    o_state = tl.cast(sequence, tl.int64) * H + h
+    b_n = tl.zeros((BK,), tl.float32)
+    if p_n_initial is not None:
+        b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
+    o_l = tl.arange(0, L)
+    p_log_w += (row * H + h) * T
+    for chunk in range(first, last):
+        o_chunk = tl.cast(chunk, tl.int64) * H + h
+        tl.store(p_n + o_chunk * K + o_k, b_n, mask=in_k)
+        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
+        p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
+        b_k = load_tile(p_k_chunk, o_l, o_k, stride_kt, log_w > float("-inf"), in_k)
+        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * tl.exp(log_w - m_next)[:, None], 0)
+        start += L
+    if p_n_final is not None:
+        tl.store(p_n_final + o_state * K + o_k, b_n, mask=in_k)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def fused_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_scores,
+    p_read,
+    p_log_w,
+    p_segment,
+    p_chunk_decay,
+    p_m,
+    p_m_next,
+    p_c_initial,
+    p_c_final,
+    p_h,  # (B, T, H, V)
+    p_bounds,
+    p_first_chunk,
+    T,
+    chunks_per_row,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """C from chunk to chunk and h of each chunk, one program for each block of V: it keeps all rows of its columns of
+    C, so that C never goes through memory. BK holds all of K. The weights w are put on v, which has fewer columns
+    here than k."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    h = pid // NV % H
+    sequence = pid // (NV * H)
+    row, start, end, first, last = sequence_chunks(
+        sequence, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L
+    )
+    o_k = tl.arange(0, BK)
+    o_v = pid % NV * BV + tl.arange(0, BV)
+    in_k = o_k < K
+    in_v = o_v < V
+    o_state = (tl.cast(sequence, tl.int64) * H + h) * (K * V)
+    b_c = tl.zeros((BK, BV), tl.float32)
+    if p_c_initial is not None:
+        b_c += load_tile(p_c_initial + o_state, o_k, o_v, V, in_k, in_v)
+
+    o_l = tl.arange(0, L)
+    # All addresses of a chunk, kept in registers from chunk to chunk, would fill these.
+    for chunk in tl.range(first, last, disable_licm=True):
+        o_chunk = tl.cast(chunk, tl.int64) * H + h
+        inside = start + o_l < end
+        o_gate = (row * H + h) * T + start + o_l
+        live = load_live(p_segment, o_gate, inside)
+        p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
+        p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
+        p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
+        b_q = load_tile(p_q_chunk, o_l, o_k, stride_qt, live, in_k)
+        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
+        b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
+        read = tl.load(p_read + o_gate, mask=inside, other=0.0)
+        log_w = tl.load(p_log_w + o_gate, mask=inside, other=float("-inf"))
+        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+
+        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION) * read[:, None]
+        b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), acc=b_h, input_precision=PRECISION)
+        store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
+        b_v = b_v.to(tl.float32) * tl.exp(log_w - m_next)[:, None]
+        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
+        start += L
+
+    if p_c_final is not None:
+        store_tile(p_c_final + o_state, b_c, o_k, o_v, V, in_k, in_v)
 
 
 @triton.jit(do_not_specialize=["T", *GATE_STRIDES])

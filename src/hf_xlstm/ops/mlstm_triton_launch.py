@@ -44,18 +44,15 @@ class Plan(NamedTuple):
     score: Blocks  # the scores, and the gradients of scores, q and k
     output: Blocks  # h and dv
     full: int  # how many recurrences over a state (sequences x heads) keep the whole GPU busy
+    fused: bool = False  # C and h in one kernel, with the blocks of `output`
 
 
 def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and
     that only for head dims whose rows it can load 16 bytes at a time.
 
-    Nothing here depends on B and T: one compilation serves all lengths. What each choice takes in registers and in
-    shared memory is what benchmarks/kernel_resources.py reports.
-
-    C goes through memory, although one program could walk a sequence with its columns of C in registers and save that
-    traffic. At K = 256 a Hopper holds 32 such columns besides what it prefetches: at V = 512, q and k would be read 16
-    times, four times what is saved.
+    No block depends on B and T: one compilation serves all lengths. What each choice takes in registers and in shared
+    memory is what benchmarks/kernel_resources.py reports.
     """
     K, V = q.shape[-1], v.shape[-1]
     aligned = K % 16 == V % 16 == 0
@@ -68,13 +65,30 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     else:
         length, state, score, output = 64, (64, 64, 4, 3 if aligned else 2), (64, 64, 4, 2), (32, 128, 4, 3)
 
-    def fit(BK: int, BV: int, num_warps: int, num_stages: int) -> Blocks:
-        widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
-        return Blocks(min(BK, widest_k), min(BV, widest_v), num_warps, num_stages)
-
-    state = fit(*state)
+    state, score, output = (_fit(K, V, *blocks) for blocks in (state, score, output))
     tiles = triton.cdiv(K, state.BK) * triton.cdiv(V, state.BV)
-    return Plan(length, state, fit(*score), fit(*output), gpu.processors // tiles)
+    return Plan(length, state, score, output, gpu.processors // tiles)
+
+
+def _fit(K: int, V: int, BK: int, BV: int, num_warps: int, num_stages: int) -> Blocks:
+    widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
+    return Blocks(min(BK, widest_k), min(BV, widest_v), num_warps, num_stages)
+
+
+def fused_plan(q: torch.Tensor, v: torch.Tensor, sequences: int, gpu: GPU) -> Plan | None:
+    """The plan of a forward pass in which C stays in registers, or None where this cannot be or does not pay.
+
+    At the head dims of a 7B model C would be written and read at every border, 2.1 GB for 65,536 tokens and half of
+    all that is moved. In its stead every block of columns reads all of q and k, mostly from the L2 cache, where its
+    neighbours have just brought them. A program walks its sequence alone, so there must be one for each processor.
+    """
+    K, V = q.shape[-1], v.shape[-1]
+    if not gpu.hopper or q.dtype != torch.bfloat16 or K > 256 or K % 16 or V % 16:
+        return None
+    blocks = _fit(K, V, 256, 128 if K <= 128 else 64, 8, 2)
+    if sequences * q.shape[2] * triton.cdiv(V, blocks.BV) < gpu.processors:
+        return None
+    return Plan(64, blocks, _fit(K, V, 64, 64, 4, 2), blocks, full=0, fused=True)
 
 
 # Segments walk the recurrence twice, so they must be many; and short ones are not worth the extra launches.
@@ -161,10 +175,14 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan: Plan):
-    """h, s = n.q, and C, n at the chunk borders. `initial` and `final` are (c, n, m), a triple of None where there is
-    none."""
+    """h, s = n.q, and C, n at the chunk borders, or None where C stays on chip. `initial` and `final` are (c, n, m), a
+    triple of None where there is none."""
     chunks = Chunks.cut(q, cu_seqlens, plan)
     gates = _run_gates(igate, fgate, mask, initial[2], final[2], chunks, plan)
+    if plan.fused:
+        n = _run_normalizers(k, gates, initial[1], final[1], chunks, plan)
+        scores, read, s = _run_scores(q, k, gates, n, scale, eps, chunks, plan)
+        return _run_fused(q, k, v, scores, read, gates, initial[0], final[0], chunks, plan), s, None
     states = _run_states(k, v, gates, initial[:2], final[:2], chunks, plan)
     scores, read, s = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
     return _run_outputs(q, v, scores, read, gates, states[0], chunks, plan), s, states
@@ -300,6 +318,7 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
         read,
         s,
         *chunks.tables,
+        K,
         T,
         chunks.per_row,
         scale,
@@ -332,6 +351,63 @@ def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan
         T,
         chunks.per_row,
         *_strides(q),
+        *_strides(v),
+        H=H,
+        K=K,
+        V=V,
+        L=plan.chunk_size,
+        **plan.output._asdict(),
+        **dot_options(q.dtype),
+    )
+    return h
+
+
+def _run_normalizers(k, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
+    """n as it enters each chunk; the last one goes to `final`."""
+    T, H, K = k.shape[1:]
+    BK = plan.score.BK
+    n = torch.empty(chunks.total, H, K, dtype=torch.float32, device=k.device)
+    kernels.normalizer_kernel[(chunks.sequences * H * triton.cdiv(K, BK),)](
+        k,
+        gates.log_w,
+        *gates.borders,
+        initial,
+        n,
+        final,
+        *chunks.tables[:2],
+        T,
+        chunks.per_row,
+        *_strides(k),
+        H=H,
+        K=K,
+        L=plan.chunk_size,
+        BK=BK,
+        num_warps=4,
+    )
+    return n
+
+
+def _run_fused(q, k, v, scores, read, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
+    """h; the last C goes to `final`."""
+    B, T, H, K, V = *q.shape, v.shape[-1]
+    h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
+    kernels.fused_kernel[(chunks.sequences * H * triton.cdiv(V, plan.output.BV),)](
+        q,
+        k,
+        v,
+        scores,
+        read,
+        gates.log_w,
+        gates.segment,
+        *gates.borders,
+        initial,
+        final,
+        h,
+        *chunks.tables[:2],
+        T,
+        chunks.per_row,
+        *_strides(q),
+        *_strides(k),
         *_strides(v),
         H=H,
         K=K,
