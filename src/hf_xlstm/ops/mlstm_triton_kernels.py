@@ -416,7 +416,7 @@ def score_kernel(
     p_bounds,
     p_first_chunk,
     p_sequence,
-    width,  # K, at run time: were it known, the compiler would unroll a loop over three blocks, and spill
+    width,  # K, at run time: were it known, the compiler would unroll short loops over its blocks, and spill
     T,
     chunks_per_row,
     scale,
@@ -481,6 +481,7 @@ def output_kernel(
     p_bounds,
     p_first_chunk,
     p_sequence,
+    width,  # K, at run time, as for score_kernel
     T,
     chunks_per_row,
     stride_qb,
@@ -518,7 +519,7 @@ def output_kernel(
     b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_c += o_chunk * (K * V)
-    for k in range(0, K, BK):
+    for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
         b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read[:, None]
         b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)

@@ -348,6 +348,7 @@ def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan
         c,
         h,
         *chunks.tables,
+        K,
         T,
         chunks.per_row,
         *_strides(q),
