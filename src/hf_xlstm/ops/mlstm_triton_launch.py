@@ -63,7 +63,10 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     elif gpu.hopper and K * V > 64 * 64 and aligned:
         length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
-        length, state, score, output = 64, (64, 64, 4, 3 if aligned else 2), (64, 64, 4, 2), (32, 128, 4, 3)
+        # Blocks that are cut off at the edge of a head need masks, and these registers.
+        num_warps = 4 if K % 64 == V % 64 == 0 else 8
+        state, score = (64, 64, num_warps, 3 if aligned else 2), (64, 64, num_warps, 2)
+        length, output = 64, (32, 128, 4, 3)
 
     state, score, output = (_fit(K, V, *blocks) for blocks in (state, score, output))
     tiles = triton.cdiv(K, state.BK) * triton.cdiv(V, state.BV)
@@ -85,7 +88,7 @@ def fused_plan(q: torch.Tensor, v: torch.Tensor, sequences: int, gpu: GPU) -> Pl
     K, V = q.shape[-1], v.shape[-1]
     if not gpu.hopper or q.dtype != torch.bfloat16 or K > 256 or K % 16 or V % 16:
         return None
-    blocks = _fit(K, V, 256, 128 if K <= 128 else 64, 8, 2)
+    blocks = _fit(K, V, 256, 128 if K == 128 else 64, 8, 2)
     if sequences * q.shape[2] * triton.cdiv(V, blocks.BV) < gpu.processors:
         return None
     return Plan(64, blocks, _fit(K, V, 64, 64, 4, 2), blocks, full=0, fused=True)
