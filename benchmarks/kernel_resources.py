@@ -56,6 +56,10 @@ class Architecture(NamedTuple):
     target: GPUTarget
     shared_memory: int
 
+    @property
+    def generation(self) -> int:
+        return self.target.arch // 10 if self.target.backend == "cuda" else 0
+
 
 KB = 1024
 ARCHITECTURES = {
@@ -144,13 +148,13 @@ def all_launches(dtype: torch.dtype, K: int, V: int, hopper: bool) -> dict[Launc
     return launches
 
 
-def record_slstm_launches(dtype: torch.dtype, D: int, T: int, blackwell: bool) -> dict[Launch, None]:
+def record_slstm_launches(dtype: torch.dtype, D: int, T: int, generation: int) -> dict[Launch, None]:
     """What a step, a forward and a backward pass with mask launch."""
     B, H = 2, HEADS
     gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
     weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
     state = tuple(empty(B, H, D) for _ in range(4))
-    plan = slstm.plan(D, dtype, blackwell)
+    plan = slstm.plan(D, dtype, generation)
     with recording() as launches:
         slstm.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, plan)
         h, saved, c = slstm.run_forward(gates, weight, bias, state, state, mask, None, True, plan)
@@ -222,8 +226,8 @@ class Case(NamedTuple):
             record = functools.partial(record_slstm_launches, DTYPES[dtype], *dims)
             return cls(
                 {"dtype": dtype, "D": dims[0]},
-                lambda architecture: record(1000, architecture in ("sm_100", "sm_120")),
-                functools.partial(record, blackwell=False),
+                lambda architecture: record(1000, ARCHITECTURES[architecture].generation),
+                functools.partial(record, generation=9),
                 LENGTHS,
             )
         K, V = dims

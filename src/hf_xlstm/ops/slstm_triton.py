@@ -44,13 +44,15 @@ class Blocks(NamedTuple):
         return options
 
 
-def is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 10
+def generation(device: torch.device) -> int:
+    """Of NVIDIA's GPUs the major compute capability, else 0."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.version.hip is None else 0
 
 
-def plan(D: int, dtype: torch.dtype, blackwell: bool) -> Blocks:
+def plan(D: int, dtype: torch.dtype, generation: int) -> Blocks:
     """Nothing depends on T or on the batch size. What each choice takes in registers and in shared memory is what
-    benchmarks/kernel_resources.py reports.
+    benchmarks/kernel_resources.py reports. Of the GPUs whose shared memory holds a head of 128, only Hopper computes
+    it without spilling.
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
     half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. For
@@ -58,10 +60,11 @@ def plan(D: int, dtype: torch.dtype, blackwell: bool) -> Blocks:
     """
     bf16 = dtype == torch.bfloat16
     maxnreg = None if dtype == torch.float32 else 255
-    if (64 if bf16 else 32) >= D:
-        num_warps = 8 if dtype == torch.float32 else 4
+    large = bf16 and generation == 9 and D == 128
+    if large or (64 if bf16 else 32) >= D:
+        num_warps = 8 if large or dtype == torch.float32 else 4
         return Blocks(max(16, triton.next_power_of_2(D)), None, num_warps, num_stages=1, maxnreg=maxnreg)
-    num_warps = 16 if dtype == torch.float32 and blackwell else 8
+    num_warps = 16 if dtype == torch.float32 and generation >= 10 else 8
     return Blocks(32, 64 if bf16 else 32, num_warps, num_stages=2, maxnreg=maxnreg)
 
 
@@ -165,7 +168,7 @@ def slstm_forward(
     """h, the final state, and what the backward pass needs: empty tensors without `save`."""
     state = tuple(x.contiguous() for x in (h0, c0, n0, m0))
     final = tuple(torch.empty_like(x) for x in state)
-    blocks = plan(gates.shape[-1], gates.dtype, is_blackwell(gates.device))
+    blocks = plan(gates.shape[-1], gates.dtype, generation(gates.device))
     h, saved, c = run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save, blocks)
     return h, *final, *((saved, c) if save else (h0.new_empty(0), h0.new_empty(0)))
 
@@ -197,7 +200,7 @@ def slstm_backward(
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
     dfinal = (dh_final, dc_final, dn_final)
     initial_c = torch.where(n0 == 0, 0, c0 / n0)
-    blocks = plan(dh.shape[-1], dh.dtype, is_blackwell(dh.device))
+    blocks = plan(dh.shape[-1], dh.dtype, generation(dh.device))
     dgates, dh0, dc0, dn0 = run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, blocks)
     before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
@@ -279,7 +282,7 @@ def slstm_step_inplace(
     given = (h, c, n, m)
     state = tuple(x.contiguous() for x in given)
     gates = gates[:, None]
-    blocks = plan(gates.shape[-1], gates.dtype, is_blackwell(gates.device))
+    blocks = plan(gates.shape[-1], gates.dtype, generation(gates.device))
     output, _, _ = run_forward(gates, recurrent_weight, bias, state, state, None, None, False, blocks)
     for old, new in zip(given, state, strict=True):
         if old is not new:
