@@ -76,7 +76,7 @@ def measure(jobs: Iterable[Job], args: argparse.Namespace) -> int:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         rows.append(row)
         write_results(args.json, rows)  # what was measured survives an interruption
-    return int(any("failed" in row and OURS in row.values() for row in rows))
+    return int(any("failed" in row and any(str(x).startswith(OURS) for x in row.values()) for row in rows))
 
 
 def model_jobs(name: dict, build: Callable[[], PreTrainedModel], jobs: Callable[[PreTrainedModel], Iterator[Job]]):

@@ -1,10 +1,11 @@
-"""Training throughput on one GPU: models of 400M and 1.3B parameters, bf16, sequences of 2k to 16k tokens.
+"""Training throughput on one GPU: models of 400M and 1.3B parameters, bf16, sequences of 2k to 32k tokens.
 
     python benchmarks/gpu_training.py --json results/gpu_training.json
 
-One step is forward, loss, backward and AdamW, with 16,384 tokens. The in-tree xLSTM runs with the kernels of `xlstm`
-and `mlstm-kernels` where they are installed, in plain PyTorch otherwise; Llama with the FlashAttention in torch. Ours
-is checked first: its gradients against those of the torch backend in float32.
+One step is forward, loss, backward and AdamW, with 32,768 tokens. Ours runs without sLSTM blocks, and with one in
+eight. The in-tree xLSTM runs with the kernels of `xlstm` and `mlstm-kernels` where they are installed, in plain PyTorch
+otherwise; Llama with the FlashAttention in torch. Ours is checked first, with both cells: its gradients against those
+of the torch backend in float32.
 """
 
 import functools
@@ -28,12 +29,13 @@ from gpu_common import (
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 
 
-TOKENS = 16_384
-LENGTHS = [2048, 8192, 16_384]
+TOKENS = 32_768
+LENGTHS = [2048, 8192, 32_768]
 VOCAB = 50_304
 SIZES = {"400M": (1024, 24, 4), "1.3B": (2048, 24, 4)}  # width, blocks, heads of the xLSTM; Llama: heads of 64 and 128
 CHECKED = (512, 500)  # width of the model whose gradients are checked, tokens
-MODELS = (OURS, "in_tree", "llama")
+MIXED = f"{OURS}, one sLSTM block in eight"
+MODELS = (OURS, MIXED, "in_tree", "llama")
 
 
 def build(name: str, size: str) -> transformers.PreTrainedModel:
@@ -51,7 +53,8 @@ def build(name: str, size: str) -> transformers.PreTrainedModel:
         config = transformers.xLSTMConfig(**common, num_heads=heads, mode="train", **in_tree_kernels())
         model_class = transformers.xLSTMForCausalLM
     else:
-        config = xLSTMConfig(**common, num_heads=heads)
+        cells = ["slstm" if name == MIXED and i % 8 == 1 else "mlstm" for i in range(blocks)]
+        config = xLSTMConfig(**common, num_heads=heads, layer_types=cells)
         model_class = xLSTMForCausalLM
     config.use_cache = False
     torch.manual_seed(0)
@@ -67,7 +70,13 @@ def check() -> dict:
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
         torch.manual_seed(0)
         config = xLSTMConfig(
-            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=2, num_heads=2, backend=backend, use_cache=False
+            vocab_size=VOCAB,
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_heads=2,
+            layer_types=["mlstm", "slstm"],
+            backend=backend,
+            use_cache=False,
         )
         with torch.device(DEVICE):
             model = xLSTMForCausalLM(config).to(torch.bfloat16).to(dtype)  # the same rounded weights

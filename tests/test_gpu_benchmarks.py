@@ -54,7 +54,7 @@ def benchmark(monkeypatch, tmp_path):
 
 def failures(rows) -> list[dict]:
     """Of ours: the others may be missing, and some take no tiny shapes."""
-    return [row for row in rows if "failed" in row and "hf_xlstm" in row.values()]
+    return [row for row in rows if "failed" in row and any(str(x).startswith("hf_xlstm") for x in row.values())]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--variants",)])
@@ -105,4 +105,4 @@ def test_training(benchmark):
         "gpu_training", VOCAB=64, TOKENS=68, LENGTHS=LENGTHS, SIZES={"tiny": (64, 2, 2)}, CHECKED=(64, 65)
     )
     assert code == 0 and not failures(rows), failures(rows)
-    assert sum(row["measure"] == "step" for row in rows) == 3 * len(LENGTHS)
+    assert sum(row["measure"] == "step" for row in rows) == 4 * len(LENGTHS)
