@@ -57,7 +57,7 @@ def test_blocks_run(page, quickstart):
     torch.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/conformance.md", *PAGES])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/conformance.md", "docs/kernels.md", *PAGES])
 def test_links_and_blocks(page):
     """Blocks are valid Python; links within the repository point to something."""
     text = (ROOT / page).read_text(encoding="utf-8")
