@@ -3,9 +3,9 @@
     python benchmarks/gpu_training.py --json results/gpu_training.json
 
 One step is forward, loss, backward and AdamW, with 32,768 tokens. Ours runs without sLSTM blocks, and with one in
-eight. The in-tree xLSTM runs with the kernels of `xlstm` and `mlstm-kernels` where they are installed, in plain PyTorch
-otherwise; Llama with the FlashAttention in torch. Ours is checked first, with both cells: its gradients against those
-of the torch backend in float32.
+eight. The in-tree xLSTM runs with the kernels of `xlstm` and `mlstm-kernels` where they are installed, in plain
+PyTorch otherwise; Llama with the FlashAttention in torch. Ours is checked first, with both cells: its gradients
+against those of the torch backend in float32.
 """
 
 import functools

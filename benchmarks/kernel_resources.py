@@ -134,7 +134,7 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU,
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
         for forward_plan in filter(None, (plan, launch.fused_plan(q, v, B, gpu))):
             launch.forward(*inputs, None, state, state, 0.1, 1e-6, forward_plan)
-        launch.backward(v, state[:2], *inputs, None, state, state[:2], None, v, s, 0.1, 1e-6, plan)
+        launch.backward(v, state[:2], *inputs, None, state, state[:2], None, s, 0.1, 1e-6, plan)
     return launches
 
 

@@ -298,14 +298,15 @@ def test_gradients_large(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gates", GATES)
-def test_gradient_regimes(gates, dtype):
+def test_gradient_regimes(either_forward, gates, dtype):
     tolerance = GRADIENT_TOLERANCE[dtype]
     if gates in ("loud", "capped", "wild"):
         tolerance = {name: max(bound, 1e-3) for name, bound in tolerance.items()}
     if gates == "wild" and dtype == torch.bfloat16:
-        # h is one of the v: but for dv the gradients cancel to less than the rounding of h, and must be finite only
+        # Where one token outweighs all others, h is its v whatever q and k are: what is left of the gradients, but for
+        # dv, may be less than the rounding of C, and must be finite only.
         tolerance = dict.fromkeys(tolerance, math.inf) | {"v": tolerance["v"]}
-    check_gradients(make_inputs(2, 130, 1, 24, 40, dtype, gates), tolerance)
+    check_gradients(make_inputs(2, 130, 1, 48, 80, dtype, gates), tolerance)
 
 
 def test_gradients_through_a_checkpoint():
@@ -526,7 +527,7 @@ def test_operator_contracts(length, packed, save_states):
         h, _, _, _, *saved = torch.ops.hf_xlstm.mlstm_forward(*arguments)
     tensors = [None if x is None else x.detach() for x in arguments[:10]]
     torch.library.opcheck(
-        torch.ops.hf_xlstm.mlstm_backward.default, (h, c.detach(), n.detach(), *tensors, h, *saved, 0.3, 1e-6)
+        torch.ops.hf_xlstm.mlstm_backward.default, (h, c.detach(), n.detach(), *tensors, *saved, 0.3, 1e-6)
     )
 
 

@@ -101,7 +101,6 @@ def mlstm_backward(
     m: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    h: torch.Tensor,
     s: torch.Tensor,
     c_borders: torch.Tensor,
     n_borders: torch.Tensor,
@@ -117,7 +116,7 @@ def mlstm_backward(
     plan = launch.plan(q, v, launch.GPU.of(q.device))
     with common.on_device(q):
         gradients = launch.backward(
-            dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, h, s, scale, eps, plan
+            dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, s, scale, eps, plan
         )
     return [*gradients, *(x for x in dinitial if x is not None)]
 
@@ -130,8 +129,8 @@ def _(dh, dc_final, dn_final, q, k, v, igate, fgate, c, n, *_):
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.final_state, _, ctx.scale, ctx.eps = inputs
-    h, _, _, m, *saved = output
-    ctx.save_for_backward(*tensors, h, *saved)
+    _, _, _, m, *saved = output
+    ctx.save_for_backward(*tensors, *saved)
     ctx.mark_non_differentiable(m, *saved)
 
 

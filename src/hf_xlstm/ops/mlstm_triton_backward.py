@@ -15,7 +15,7 @@ The gradient of log f_t is the sum over all that it decays, G_sj = E_sj q_s.k_j 
     + A (<C, dC'> + <n, dn'>)
 
 Chunk by chunk, because over a whole sequence the rounding errors of such sums outgrow a short memory's gradient.
-Five kernels: rows (x, r, 1/D), states (dC', dn'), scores (scores, E, G), then dq and dk, dv, and last the gates.
+Five kernels: rows (r, 1/D), scores (x, scores, E, G), states (dC', dn'), then dq and dk, dv, and last the gates.
 """
 
 import triton
@@ -42,7 +42,7 @@ from .mlstm_triton_kernels import (
 
 @triton.jit(do_not_specialize=PER_CALL)
 def row_kernel(
-    p_h,
+    p_q,
     p_dh,
     p_s,
     p_coarse,
@@ -50,10 +50,11 @@ def row_kernel(
     p_m_local,
     p_segment,
     p_m,
+    p_c,
     p_m_row,  # (B, H, T) m_t
     p_inverse,  # (B, H, T) 1 / D_t
     p_read,  # (B, H, T) r_t
-    p_x,  # (B, H, T)
+    p_carried,  # (B, H, T) the part of h_t.dh_t that comes from C
     p_bounds,
     p_first_chunk,
     p_sequence,
@@ -61,10 +62,17 @@ def row_kernel(
     chunks_per_row,
     scale,
     eps,
+    stride_qb,
+    stride_qt,
+    stride_qh,
     H: tl.constexpr,
+    K: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     h = pid % H
@@ -72,23 +80,30 @@ def row_kernel(
     o_l = tl.arange(0, L)
     inside = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    m_in = tl.load(p_m + pid)
-    m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m_in)
-    s = tl.load(p_s + o_gate, mask=inside, other=0.0)
-    inverse = 1.0 / normalizer(s, m, eps)
-
     live = load_live(p_segment, o_gate, inside)
-    o_head = ((row * T + start) * H + h) * V
-    h_dh = tl.zeros((L,), tl.float32)
+
+    p_dh += ((row * T + start) * H + h) * V
+    p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
+    p_c += tl.cast(pid, tl.int64) * (K * V)
+    carried_dh = tl.zeros((L,), tl.float32)
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
-        b_h = load_tile(p_h + o_head, o_l, o_v, H * V, live, o_v < V).to(tl.float32)
-        h_dh += tl.sum(b_h * load_tile(p_dh + o_head, o_l, o_v, H * V, live, o_v < V).to(tl.float32), 1)
+        b_h = tl.zeros((L, BV), tl.float32)
+        for k in range(0, K, BK):
+            o_k = k + tl.arange(0, BK)
+            b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
+            b_c = load_tile(p_c, o_k, o_v, V, o_k < K, o_v < V)
+            b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
+        carried_dh += tl.sum(b_h * load_tile(p_dh, o_l, o_v, H * V, live, o_v < V).to(tl.float32), 1)
 
+    m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, tl.load(p_m + pid))
+    s = tl.load(p_s + o_gate, mask=inside, other=0.0)
+    inverse = 1.0 / normalizer(s, m, eps)
+    read = scale * tl.exp(carried - m) * inverse
     tl.store(p_m_row + o_gate, m, mask=inside)
     tl.store(p_inverse + o_gate, inverse, mask=inside)
-    tl.store(p_read + o_gate, scale * tl.exp(carried - m) * inverse, mask=inside)
-    tl.store(p_x + o_gate, tl.where(tl.abs(s) > tl.exp(-m), tl.where(s > 0, -h_dh, h_dh), 0.0), mask=inside)
+    tl.store(p_read + o_gate, read, mask=inside)
+    tl.store(p_carried + o_gate, read * carried_dh, mask=inside)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -190,7 +205,9 @@ def score_gradient_kernel(
     p_segment,
     p_m_row,
     p_inverse,
-    p_x,
+    p_carried,
+    p_s,
+    p_x,  # (B, H, T)
     p_scores,  # (chunks, H, L, L)
     p_e,  # (chunks, H, L, L)
     p_g_row,  # (B, H, T) sum_j G_tj
@@ -219,7 +236,8 @@ def score_gradient_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What belongs to the pairs of tokens of one chunk: the scores once more, E, and the sums of G, in float32."""
+    """What belongs to the pairs of tokens of one chunk: the scores once more, E, and the sums of G, in float32. x is
+    formed here and not from the rounded h: where one pair outweighs all others, it cancels dh.v."""
     pid = tl.program_id(0)
     h = pid % H
     row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
@@ -246,13 +264,17 @@ def score_gradient_kernel(
         b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)
 
     m = tl.load(p_m_row + o_gate, mask=inside, other=float("inf"))
-    x = tl.load(p_x + o_gate, mask=inside, other=0.0)
     weight = scale * tl.load(p_inverse + o_gate, mask=inside, other=0.0)
     b_p = pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L) * weight[:, None]
+    b_s *= b_p
     o_pair = tl.cast(pid, tl.int64) * (L * L) + o_l[:, None] * L + o_l[None, :]
-    tl.store(p_scores + o_pair, (b_p * b_s).to(p_scores.dtype.element_ty))
-    b_e = b_p * (b_e + x[:, None])
-    tl.store(p_e + o_pair, b_e.to(p_e.dtype.element_ty))
+    tl.store(p_scores + o_pair, b_s.to(p_scores.dtype.element_ty))
+    s = tl.load(p_s + o_gate, mask=inside, other=0.0)
+    h_dh = tl.sum(b_s * b_e, 1) + tl.load(p_carried + o_gate, mask=inside, other=0.0)
+    x = tl.where(tl.abs(s) > tl.exp(-m), tl.where(s > 0, -h_dh, h_dh), 0.0)
+    tl.store(p_x + o_gate, x, mask=inside)
+    b_e += x[:, None]
+    tl.store(p_e + o_pair, (b_p * b_e).to(p_e.dtype.element_ty))
     b_e *= b_s
     tl.store(p_g_row + o_gate, tl.sum(b_e, 1), mask=inside)
     tl.store(p_g_column + o_gate, tl.sum(b_e, 0), mask=inside)

@@ -58,8 +58,8 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     aligned = K % 16 == V % 16 == 0
     if q.dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
-        score_warps = 8 if q.dtype == torch.float32 else 4
-        length, state, score, output = 64, (32, 64, 8, 2), (32, 32, score_warps, 2), (32, 64, 8, 2)
+        num_warps = 8 if q.dtype == torch.float32 else 4
+        length, state, score, output = 64, (32, 64, 8, 2), (32, 32, num_warps, 2), (32, 64, num_warps, 2)
     elif gpu.hopper and K * V > 64 * 64 and aligned:
         length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
@@ -160,12 +160,12 @@ class Gates(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What `row_kernel` makes of h and dh, (B, H, T)."""
+    """What `row_kernel` makes, (B, H, T)."""
 
     m: torch.Tensor
     inverse: torch.Tensor
     read: torch.Tensor
-    x: torch.Tensor
+    carried: torch.Tensor
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -192,7 +192,7 @@ def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps,
 
 
 def backward(
-    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, h, s, scale, eps, plan: Plan
+    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, s, scale, eps, plan: Plan
 ) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`. `states` are those of `forward`, or
     None to compute them again."""
@@ -200,11 +200,11 @@ def backward(
     gates = _run_gates(igate, fgate, mask, initial[2], None, chunks, plan)
     if states is None:
         states = _run_states(k, v, gates, initial[:2], (None, None), chunks, plan)
-    rows = _run_rows(h, dh, s, gates, scale, eps, chunks, plan)
-    dstates = _run_state_gradients(q, dh, gates, rows, dfinal, dinitial, chunks, plan)
-    scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, gates, rows, scale, chunks, plan)
+    rows = _run_rows(q, dh, s, states[0], gates, scale, eps, chunks, plan)
+    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, s, gates, rows, scale, chunks, plan)
+    dstates = _run_state_gradients(q, dh, x, gates, rows, dfinal, dinitial, chunks, plan)
     dv = _run_value_gradients(k, dh, scores, gates, dstates[0], chunks, plan)
-    dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, gates, rows, states, dstates, chunks, plan)
+    dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, x, gates, rows, states, dstates, chunks, plan)
     return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
 
 
@@ -460,11 +460,11 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
     return h, s
 
 
-def _run_rows(h, dh, s, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
-    B, T, H, V = h.shape
-    rows = Rows(*(torch.empty(B, H, T, dtype=torch.float32, device=h.device) for _ in range(4)))
+def _run_rows(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
+    B, T, H, K, V = *q.shape, dh.shape[-1]
+    rows = Rows(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4)))
     backward_kernels.row_kernel[(chunks.total * H,)](
-        h,
+        q,
         dh,
         s,
         gates.coarse,
@@ -472,33 +472,36 @@ def _run_rows(h, dh, s, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) ->
         gates.m_local,
         gates.segment,
         gates.m,
+        c,
         *rows,
         *chunks.tables,
         T,
         chunks.per_row,
         scale,
         eps,
+        *_strides(q),
         H=H,
+        K=K,
         V=V,
         L=plan.chunk_size,
-        BV=min(64, triton.next_power_of_2(V)),
-        num_warps=4,
+        **plan.score._asdict(),
+        **dot_options(q.dtype),
     )
     return rows
 
 
-def _run_state_gradients(q, dh, gates: Gates, rows: Rows, dfinal, dinitial, chunks: Chunks, plan: Plan):
+def _run_state_gradients(q, dh, x, gates: Gates, rows: Rows, dfinal, dinitial, chunks: Chunks, plan: Plan):
     """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
-    inputs = (q, dh, rows.read, rows.x, gates.segment, *gates.borders)
+    inputs = (q, dh, rows.read, x, gates.segment, *gates.borders)
     kernel = backward_kernels.state_gradient_kernel
     return _walk(kernel, inputs, _strides(q), dfinal, dinitial, chunks, plan, backwards=True)
 
 
-def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
+def _run_score_gradients(q, k, v, dh, s, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
     B, T, H, K, V = *q.shape, v.shape[-1]
     L = plan.chunk_size
     scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
-    g_row, g_column = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    x, g_row, g_column = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3))
     backward_kernels.score_gradient_kernel[(chunks.total * H,)](
         q,
         k,
@@ -510,7 +513,9 @@ def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: C
         gates.segment,
         rows.m,
         rows.inverse,
-        rows.x,
+        rows.carried,
+        s,
+        x,
         scores,
         e,
         g_row,
@@ -529,10 +534,10 @@ def _run_score_gradients(q, k, v, dh, gates: Gates, rows: Rows, scale, chunks: C
         **plan.score._asdict(),
         **dot_options(q.dtype),
     )
-    return scores, e, g_row, g_column
+    return x, scores, e, g_row, g_column
 
 
-def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, dstates, chunks: Chunks, plan: Plan):
+def _run_query_key_gradients(q, k, v, dh, e, x, gates: Gates, rows: Rows, states, dstates, chunks: Chunks, plan: Plan):
     B, T, H, K, V = *q.shape, v.shape[-1]
     blocks = plan.score
     NK = triton.cdiv(K, blocks.BK)
@@ -546,7 +551,7 @@ def _run_query_key_gradients(q, k, v, dh, e, gates: Gates, rows: Rows, states, d
         dh,
         e,
         rows.read,
-        rows.x,
+        x,
         gates.log_w,
         gates.segment,
         *gates.borders,
