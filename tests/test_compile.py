@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import assert_same_states, relative_error, tiny_model, tokens
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
@@ -74,6 +75,28 @@ def test_decode_step(stack):
     assert [x.data_ptr() for layer in cache.layers for x in layer.tensors().values()] == addresses
     assert cache.get_seq_length() == 20
     assert_same_states(cache, expected.past_key_values)
+
+
+@torch.no_grad()
+@stacks
+def test_decode_step_may_become_a_cuda_graph(stack):
+    """It does not if it writes to an input that torch.compile does not know to stay where it is."""
+    model = tiny_model(**STACKS[stack])
+    cache = model(tokens(2, 10), use_cache=True).past_key_values
+    mutated = {}
+
+    def inner_compile(module, example_inputs, static_input_idxs=(), **options):
+        result = compile_fx_inner(module, example_inputs, static_input_idxs=static_input_idxs, **options)
+        mutated.update({index: index in static_input_idxs for index in result.mutated_input_idxs})
+        return result
+
+    step = compiled(
+        lambda ids, cache: model(ids, past_key_values=cache).logits,
+        lambda module, inputs: compile_fx(module, inputs, inner_compile=inner_compile),
+    )
+    step(tokens(2, 1), cache)
+    assert len(mutated) == 1 + sum(len(layer.tensors()) for layer in cache.layers)
+    assert all(mutated.values())
 
 
 @pytest.mark.slow

@@ -64,8 +64,7 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
                 self.device, self.dtype = x.device, x.dtype
                 states[state_idx] = torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=False)
                 initialized[state_idx] = True
-                if not torch.compiler.is_compiling():
-                    torch._dynamo.mark_static_address(states[state_idx])
+                _keep_address(states[state_idx])
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         self.lazy_initialization(conv_states=conv_states, state_idx=state_idx)
@@ -153,6 +152,13 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
                     self.device = states[index].device
 
 
+def _keep_address(x: torch.Tensor) -> torch.Tensor:
+    """Tells torch.compile that `x` stays where it is: without, nothing that writes to it becomes a CUDA graph."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
+
+
 def _store(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         return new.detach().clone()
@@ -180,7 +186,7 @@ class xLSTMCache(Cache):
     def __init__(self, config: xLSTMConfig):
         super().__init__(layers=[xLSTMCacheLayer(*spec) for spec in state_specs(config)])
         # a tensor, so that counting does not make compiled code specialise on it
-        self.seen_tokens = torch.zeros((), dtype=torch.long)
+        self.seen_tokens = _keep_address(torch.zeros((), dtype=torch.long))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens seen, padding included."""
@@ -200,7 +206,7 @@ class xLSTMCache(Cache):
     def advance(self, num_tokens: int, device: torch.device) -> None:
         """Counts tokens; the model calls it once per forward pass."""
         if self.seen_tokens.device != device:
-            self.seen_tokens = self.seen_tokens.to(device)
+            self.seen_tokens = _keep_address(self.seen_tokens.to(device))
         self.seen_tokens.add_(num_tokens)
 
     def check(self, config: xLSTMConfig, batch_size: int) -> None:
@@ -232,7 +238,7 @@ class xLSTMCache(Cache):
         """Moves all states in place and returns the cache."""
         for layer in self.layers:
             layer.to(device)
-        self.seen_tokens = self.seen_tokens.to(device)
+        self.seen_tokens = _keep_address(self.seen_tokens.to(device))
         return self
 
     @property
@@ -263,7 +269,7 @@ class xLSTMCache(Cache):
             metadata = file.metadata()
             specs = [(layer_type, tuple(shape)) for layer_type, shape in json.loads(metadata["layers"])]
             Cache.__init__(cache, layers=[xLSTMCacheLayer(*spec) for spec in specs])
-            cache.seen_tokens = torch.tensor(int(metadata["seen_tokens"]), device=device)
+            cache.seen_tokens = _keep_address(torch.tensor(int(metadata["seen_tokens"]), device=device))
             names = set(file.keys())
             for index, layer in enumerate(cache.layers):
                 if f"layers.{index}.conv" in names:
