@@ -4,6 +4,7 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -35,13 +36,21 @@ def in_tree_kernels() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Everything needed to run the same thing again."""
     packages = ("torch", "triton", "transformers", "xlstm", "mlstm-kernels", "flash-linear-attention")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
     } | {name: _version(name) for name in packages}
+
+
+def _commit() -> str:
+    """COMMIT says it where the sources have come without their history."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return os.environ.get("COMMIT", "unknown")
+    return git.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def _version(package: str) -> str:

@@ -219,7 +219,7 @@ def time_with_cold_allocator(forward: Callable[[], torch.Tensor]) -> dict[str, f
 def time_step(B: int, H: int, K: int, V: int) -> dict:
     """One decode step of one layer, in place, as in a model: other layers' states push this one's out of the cache."""
     state_bytes = 4 * B * H * K * V
-    layers = max(1, round(5 * L2_BYTES / state_bytes))
+    layers = max(2, round(5 * L2_BYTES / state_bytes))
     states = [tuple(map(torch.randn, ((B, H, K, V), (B, H, K), (B, H)))) for _ in range(layers)]
     q, k, v = (torch.randn(B, H, dim, dtype=torch.bfloat16) for dim in (K, K, V))
     inputs = (q, k, v, torch.randn(B, H), torch.randn(B, H) + 4)

@@ -142,6 +142,16 @@ def test_cu_seqlens(op, bounds):
         function(**arguments, cu_seqlens=torch.tensor(bounds))
 
 
+def test_cu_seqlens_that_change_are_looked_at_again():
+    bounds = torch.tensor([0, 2, 6])
+    gates, weight, bias = torch.randn(1, 6, 4, 1, 2), torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2)
+    for _ in range(2):
+        slstm(gates, weight, bias, cu_seqlens=bounds)
+    bounds[1] = 7
+    with pytest.raises(ValueError, match="`cu_seqlens` must"):
+        slstm(gates, weight, bias, cu_seqlens=bounds)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_tokens(op):
     function, make_arguments = OPS[op]

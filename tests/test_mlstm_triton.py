@@ -204,8 +204,10 @@ def test_packed_sequences(either_forward, dtype):
             initial_state=tuple(x[row : row + 1] for x in state),
             mask=mask[:, start:end],
         )
-        assert error(h[:, start:end], double(alone)) < max(1e-6, TOLERANCE[dtype] * (dtype != torch.float32))
-        assert_states_close(tuple(x[row : row + 1] for x in final), double(alone_state), 1e-6)
+        # Alone, a short sequence goes through the recurrence, which forms its products in float32.
+        tolerance = max(1e-6, TOLERANCE[dtype] * (dtype != torch.float32))
+        assert error(h[:, start:end], double(alone)) < tolerance
+        assert_states_close(tuple(x[row : row + 1] for x in final), double(alone_state), tolerance)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -420,6 +422,11 @@ def test_any_strides(length):
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaves, dense, strict=True))
 
 
+def test_strided_bounds():
+    table = torch.tensor([[0, 9], [40, 9], [70, 9]], dtype=torch.int32, device=DEVICE)
+    check_forward(make_inputs(1, 70, 2, 16, 24), 1e-5, cu_seqlens=table[:, 0])
+
+
 def test_gradients_are_deterministic():
     inputs = make_inputs(1, 70, 2, 16, 24)
     dh = torch.randn_like(inputs[2])
@@ -456,6 +463,7 @@ def test_addresses_and_grids_beyond_their_usual_limits(shape):
 # --- step, operators
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="takes more shared memory than AMD's GPUs have")
 @pytest.mark.parametrize("processors", [132, 1], ids=["C in memory", "C on chip"])
 def test_hopper(monkeypatch, processors):
     """Chunks of 128 tokens instead of 64, with larger blocks; or all rows of C in one program."""

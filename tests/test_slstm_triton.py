@@ -259,6 +259,29 @@ def test_opcheck(options):
     inputs = [x.contiguous() for x in (*make_inputs(B=B), *make_state(rows))]
     args = [x.requires_grad_() for x in inputs[:-1]] + inputs[-1:]
     torch.library.opcheck(torch.ops.hf_xlstm.slstm_forward.default, (*args, mask, cu_seqlens, True))
+    _, weight, _, *state = inputs
+    h, *final, saved, c = torch.ops.hf_xlstm.slstm_forward(*inputs, mask, cu_seqlens, True)
+    tensors = (h, *final[:3], weight, *state[:3], mask, cu_seqlens, h, saved, c)
+    tensors = tuple(None if x is None else x.detach() for x in tensors)
+    torch.library.opcheck(torch.ops.hf_xlstm.slstm_backward.default, tensors)
+
+
+def test_any_strides():
+    """A state with its heads first, bounds out of a table."""
+    inputs, state = make_inputs(B=1, T=7), make_state(2)
+    bounds = torch.tensor([0, 3, 7], device=DEVICE)
+    results = []
+    for strided in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in (*inputs, *state[:3])]
+        initial, cu_seqlens = (*leaves[3:], state[3]), bounds
+        if strided:
+            initial = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in initial)
+            cu_seqlens = torch.stack([bounds, -bounds], dim=1).int()[:, 0]
+        options = {"initial_state": initial, "output_final_state": True, "cu_seqlens": cu_seqlens}
+        h, final = slstm_triton(*leaves[:3], **options)
+        gradients = torch.autograd.grad(h.square().sum() + final[1].sum(), leaves)
+        results.append((h, *final, *gradients))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_opcheck_step():

@@ -148,7 +148,7 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
         for states in (self.recurrent_states, self.conv_states):
             for index, x in states.items():
                 if x is not None:
-                    states[index] = function(x)
+                    states[index] = _keep_address(function(x))
                     self.device = states[index].device
 
 

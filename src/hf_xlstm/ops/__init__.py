@@ -324,10 +324,19 @@ def _check_sequence(x: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torc
     if cu_seqlens.device != x.device:
         raise ValueError(f"`cu_seqlens` must be on {x.device} like the other inputs, got {cu_seqlens.device}.")
     if not torch.compiler.is_compiling():  # the values cannot be looked at while tracing
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}, got {bounds}.")
+        _check_bounds(cu_seqlens, length)
     return cu_seqlens.shape[0] - 1
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, length: int) -> None:
+    """Looks at the values once, not in every layer that gets the same tensor: on a GPU that means to wait for it."""
+    seen = (length, 0 if cu_seqlens.is_inference() else cu_seqlens._version)
+    if getattr(cu_seqlens, "_bounds_seen", None) == seen:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}, got {bounds}.")
+    cu_seqlens._bounds_seen = seen
 
 
 def _check_state(state, shapes: dict[str, tuple[int, ...]], name: str, x: torch.Tensor) -> None:

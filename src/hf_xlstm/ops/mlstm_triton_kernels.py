@@ -565,7 +565,8 @@ def normalizer_kernel(
         b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
     o_l = tl.arange(0, L)
     p_log_w += (row * H + h) * T
-    for chunk in range(first, last):
+    # Loops without a product are pipelined on demand only.
+    for chunk in tl.range(first, last, num_stages=3):
         o_chunk = tl.cast(chunk, tl.int64) * H + h
         tl.store(p_n + o_chunk * K + o_k, b_n, mask=in_k)
         log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
@@ -652,8 +653,11 @@ def fused_kernel(
         log_w = tl.load(p_log_w + o_gate, mask=inside, other=float("-inf"))
         decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
 
-        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION) * read[:, None]
-        b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), acc=b_h, input_precision=PRECISION)
+        # Not one as the accumulator of the other: the compiler takes that for a chain of products, as in attention,
+        # and has every warp group compute all of the first.
+        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION)
+        b_own = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
+        b_h = tl.fma(b_h, tl.broadcast_to(read[:, None], (L, BV)), b_own)
         store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
         b_v = b_v.to(tl.float32) * tl.exp(log_w - m_next)[:, None]
         b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)

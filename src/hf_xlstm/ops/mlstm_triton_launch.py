@@ -128,7 +128,7 @@ class Chunks(NamedTuple):
             return cls(batch, per_row, batch * per_row, triton.cdiv(per_row, per_segment), per_segment)
         sequences = cu_seqlens.shape[0] - 1
         total = length // chunk_size + sequences
-        bounds = cu_seqlens.to(torch.int32)
+        bounds = cu_seqlens.to(torch.int32).contiguous()
         counts = (bounds.diff() + chunk_size - 1) // chunk_size
         first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         chunk = torch.arange(total, dtype=torch.int32, device=q.device)

@@ -72,6 +72,10 @@ def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
 
 
+def _contiguous(cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which products are formed."""
     return torch.bfloat16 if common.dot_options(dtype)["DOT"] == tl.bfloat16 else torch.float32
@@ -96,7 +100,7 @@ def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, s
             recurrent_weight.contiguous(),
             bias.contiguous(),
             mask,
-            cu_seqlens,
+            _contiguous(cu_seqlens),
             *state,
             *final,
             h,
@@ -129,7 +133,7 @@ def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, save
         kernel[(triton.cdiv(N, BB) * H,)](
             recurrent_weight.contiguous(),
             mask,
-            cu_seqlens,
+            _contiguous(cu_seqlens),
             saved,
             c,
             initial_c,
@@ -199,12 +203,12 @@ def slstm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
     dfinal = (dh_final, dc_final, dn_final)
-    initial_c = torch.where(n0 == 0, 0, c0 / n0)
+    initial_c = torch.where(n0 == 0, 0, c0 / n0).contiguous()
     blocks = plan(dh.shape[-1], dh.dtype, generation(dh.device))
     dgates, dh0, dc0, dn0 = run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, blocks)
     before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
-    d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before)
+    d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before).contiguous()
     # c0 / n0 went in, except where no step was taken and c0, n0 themselves came out
     scale = torch.where(touched[:, None, None], torch.where(n0 == 0, 0, 1 / n0), 1)
     return dgates, d_weight, dgates.sum((0, 1), dtype=torch.float32), dh0, dc0 * scale, dn0 * scale
@@ -228,7 +232,7 @@ def _history(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tenso
 def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, c0, n0, mask, cu_seqlens, h, saved, c):
     B, T, H, D = h.shape
     d_parameters = h.new_empty(4, H, D, D), h0.new_empty(4, H, D)
-    return h.new_empty(B, T, 4, H, D), *d_parameters, *(torch.empty_like(h0) for _ in range(3))
+    return h.new_empty(B, T, 4, H, D), *d_parameters, *(h0.new_empty(h0.shape) for _ in range(3))
 
 
 def _save(ctx, inputs, output):
