@@ -74,6 +74,7 @@ def row_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """What single tokens need: D, r, and of h.dh the part that C contributes, r dh.C^T q, in float32."""
     pid = tl.program_id(0)
     h = pid % H
     row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)

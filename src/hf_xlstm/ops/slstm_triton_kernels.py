@@ -83,9 +83,9 @@ def load_four(p, offsets, stride, mask):
     stride = tl.cast(stride, tl.int64)
     return (
         tl.load(p + offsets, mask=mask, other=0.0),
-        tl.load(p + stride + offsets, mask=mask, other=0.0),
-        tl.load(p + 2 * stride + offsets, mask=mask, other=0.0),
-        tl.load(p + 3 * stride + offsets, mask=mask, other=0.0),
+        tl.load(p + offsets + stride, mask=mask, other=0.0),
+        tl.load(p + offsets + 2 * stride, mask=mask, other=0.0),
+        tl.load(p + offsets + 3 * stride, mask=mask, other=0.0),
     )
 
 
