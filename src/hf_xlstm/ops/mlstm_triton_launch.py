@@ -484,7 +484,7 @@ def _run_rows(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan)
         K=K,
         V=V,
         L=plan.chunk_size,
-        **plan.score._asdict(),
+        **plan.output._asdict(),
         **dot_options(q.dtype),
     )
     return rows

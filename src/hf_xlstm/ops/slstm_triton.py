@@ -72,6 +72,12 @@ def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
 
 
+def _dense(gates: torch.Tensor) -> torch.Tensor:
+    """The gates of one token must lie within 2^31 elements."""
+    far = max(4 * gates.stride(2), gates.shape[3] * gates.stride(3)) >= 2**31
+    return gates.contiguous() if far else common.dense(gates)
+
+
 def _contiguous(cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.contiguous()
 
@@ -86,7 +92,7 @@ def run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, s
     which may be `state` itself where every sequence takes a step."""
     B, T, _, H, D = gates.shape
     N = state[0].shape[0]
-    gates = common.dense(gates)
+    gates = _dense(gates)
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None

@@ -80,7 +80,6 @@ def places(o_row, t, stride, o_d):
 @triton.jit
 def load_four(p, offsets, stride, mask):
     """The same places of each of the four gates."""
-    stride = tl.cast(stride, tl.int64)
     return (
         tl.load(p + offsets, mask=mask, other=0.0),
         tl.load(p + offsets + stride, mask=mask, other=0.0),
@@ -200,7 +199,7 @@ def forward_resident_kernel(
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
 
-    p_gates += tl.cast(h, tl.int64) * stride_gh
+    p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
@@ -284,7 +283,7 @@ def forward_streamed_kernel(
     PRECISION: tl.constexpr,
 ):
     h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
-    p_gates += tl.cast(h, tl.int64) * stride_gh
+    p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
