@@ -21,7 +21,7 @@ Five kernels: rows (r, 1/D), scores (x, scores, E, G), states (dC', dn'), then d
 import triton
 import triton.language as tl
 
-from .mlstm_triton_kernels import (
+from .mlstm_triton_blocks import (
     GATE_STRIDES,
     PER_CALL,
     RESET,
