@@ -34,8 +34,9 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_xlstm.ops import mlstm, mlstm_step, mlstm_triton, slstm, slstm_step
-from hf_xlstm.ops import mlstm_triton_launch as launch
+from hf_xlstm.cells.mlstm import triton_launch as launch
+from hf_xlstm.cells.mlstm import triton_ops as mlstm_triton
+from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
 CELLS = ["mlstm", "slstm"]

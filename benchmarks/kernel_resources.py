@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hf_xlstm.ops import mlstm_triton_launch as launch
-from hf_xlstm.ops import slstm_triton as slstm
+from hf_xlstm.cells.mlstm import triton_launch as launch
+from hf_xlstm.cells.slstm import triton_ops as slstm
 
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

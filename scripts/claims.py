@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM, xLSTMModel
+from hf_xlstm.cells.slstm.reference import slstm_cell, zero_slstm_state
 from hf_xlstm.modeling_xlstm import xLSTMsLSTMLayer
 from hf_xlstm.ops import mlstm, mlstm_step
-from hf_xlstm.ops.slstm_reference import slstm_cell, zero_slstm_state
 from report import markdown_table, plt
 
 

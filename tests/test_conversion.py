@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from convert_checkpoint import main as convert_checkpoint_script
 from hf_xlstm import conversion, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel
 from hf_xlstm.conversion import convert_checkpoint, our_shapes
-from hf_xlstm.layouts_xlstm import Layout, config_to_large, weights_from_theirs, weights_to_theirs
+from hf_xlstm.formats.configs import config_to_large
+from hf_xlstm.formats.weights import Layout, weights_from_theirs, weights_to_theirs
 
 
 # in the terms of the reference

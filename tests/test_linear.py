@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_xlstm import linear, xLSTMCache
 from hf_xlstm.linear import BLOCK_FROM_STEP, decoding, joint_linear, linear_of
-from hf_xlstm.ops.pointwise import swiglu
+from hf_xlstm.pointwise import swiglu
 
 
 needs_onednn = pytest.mark.skipif(not linear.ONEDNN, reason="oneDNN is used on x86 processors only")

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from common import relative_error
 
-from hf_xlstm.ops.slstm_reference import slstm_recurrent
-from hf_xlstm.ops.slstm_triton import Blocks, plan, slstm_step_triton, slstm_triton, unsupported_reason
-from hf_xlstm.ops.slstm_triton_kernels import places
+from hf_xlstm.cells.slstm.reference import slstm_recurrent
+from hf_xlstm.cells.slstm.triton_kernels import places
+from hf_xlstm.cells.slstm.triton_ops import Blocks, plan, slstm_step_triton, slstm_triton
+from hf_xlstm.cells.triton_common import unsupported_reason
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +39,7 @@ def head_dim(request, monkeypatch):
     if request.param == "resident":
         assert plan(5, F32, generation=0).BK is None
         return 5
-    monkeypatch.setattr("hf_xlstm.ops.slstm_triton.plan", lambda *_: Blocks(16, 16, num_warps=4, num_stages=1))
+    monkeypatch.setattr("hf_xlstm.cells.slstm.triton_ops.plan", lambda *_: Blocks(16, 16, num_warps=4, num_stages=1))
     return 20
 
 
@@ -243,7 +244,7 @@ def test_gradients_through_pieces():
 
 def test_inference_keeps_nothing():
     """Without gradients the kernel writes h and the final state only."""
-    from hf_xlstm.ops.slstm_triton import slstm_forward
+    from hf_xlstm.cells.slstm.triton_ops import slstm_forward
 
     *_, saved, c = slstm_forward(*make_inputs(), *make_state(), None, None, False)
     assert saved.numel() == c.numel() == 0
@@ -331,9 +332,9 @@ def test_offsets_have_64_bits():
 
 def test_unsupported_reason(monkeypatch):
     gates = make_inputs()[0]
-    assert unsupported_reason(gates, gates) is None
-    assert "float64" in unsupported_reason(gates.double(), gates)
-    assert "512" in unsupported_reason(gates.new_empty(1, 1, 4, 1, 513), gates)
-    monkeypatch.setattr("hf_xlstm.ops.triton_common.INTERPRETED", False)
+    assert unsupported_reason(gates, 16) is None
+    assert "float64" in unsupported_reason(gates.double(), 16)
+    assert "512" in unsupported_reason(gates, 513)
+    monkeypatch.setattr("hf_xlstm.cells.triton_common.INTERPRETED", False)
     if DEVICE == "cpu":
-        assert "GPU" in unsupported_reason(gates, gates)
+        assert "GPU" in unsupported_reason(gates, 16)

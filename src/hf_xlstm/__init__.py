@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_xlstm import xLSTMCache
+from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
 from .modeling_xlstm import (
     LORA_TARGET_MODULES,

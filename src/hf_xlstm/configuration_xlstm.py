@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .layouts_xlstm import config_from_wrapper, config_from_yaml
+from .formats.configs import config_from_wrapper, config_from_yaml
 
 
 LAYER_TYPES = ("mlstm", "slstm")

@@ -1,4 +1,4 @@
-"""Checkpoints of other implementations into the form they have here, and back (`layouts_xlstm.py`).
+"""Checkpoints of other implementations into the form they have here, and back (`formats/`).
 
 A checkpoint is converted tensor by tensor, in the memory of its largest one. It appears under its name when it is
 complete and has been compared with what it was made from, or not at all.
@@ -17,19 +17,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .cache_xlstm import xLSTMCache
+from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
+from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
+from .formats.weights import Layout, apply, check_names, drop_tied_head
 from .hub import save_code
-from .layouts_xlstm import (
-    Layout,
-    apply,
-    check_names,
-    config_to_large,
-    config_to_wrapper,
-    config_to_xlstm,
-    drop_tied_head,
-    ffn_fields,
-)
 from .modeling_xlstm import xLSTMForCausalLM
 
 

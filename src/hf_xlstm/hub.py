@@ -1,8 +1,8 @@
 """Checkpoints that load without this package: a folder with weights, configuration and the code itself.
 
 Transformers runs code that lies next to a checkpoint (`trust_remote_code=True`) if it is one folder of modules that
-import each other by `from .module import name`. So the package is flattened: `ops/mlstm_torch.py` becomes
-`ops_mlstm_torch.py`. What is imported only inside functions (the Triton kernels, this module) stays behind, and such
+import each other by `from .module import name`. So the package is flattened: `cells/mlstm/eager.py` becomes
+`cells_mlstm_eager.py`. What is imported only inside functions (the Triton kernels, this module) stays behind, and such
 an import raises ImportError there, which the dispatch of the operators takes for "not available".
 """
 

@@ -29,9 +29,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_xlstm import xLSTMCache
+from .cache import xLSTMCache
+from .cells.numerics import gate_dtype
 from .configuration_xlstm import xLSTMConfig
-from .layers_xlstm import (
+from .formats.weights import Layout, weights_from_theirs
+from .layers import (
     xLSTMCausalConv,
     xLSTMFeedForward,
     xLSTMHeadwiseLinear,
@@ -43,10 +45,8 @@ from .layers_xlstm import (
     xLSTMRMSNorm,
     xLSTMsLSTMLayer,
 )
-from .layouts_xlstm import Layout, weights_from_theirs
 from .linear import decoding, joint_linear
-from .ops.mlstm_reference import gate_dtype
-from .ops.pointwise import cross_entropy, soft_cap
+from .pointwise import cross_entropy, soft_cap
 
 
 logger = logging.get_logger(__name__)

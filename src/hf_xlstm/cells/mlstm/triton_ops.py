@@ -8,9 +8,9 @@ import os
 
 import torch
 
-from . import mlstm_triton_launch as launch
-from . import triton_common as common
-from .mlstm_reference import MLSTMState
+from .. import triton_common as common
+from . import triton_launch as launch
+from .reference import MLSTMState
 
 
 # Up to this length one pass of the recurrence over the state costs no more than the chunkwise kernels.
@@ -18,11 +18,6 @@ MAX_RECURRENT = 16
 # The backward pass needs the state at every chunk border, and by default computes it again. For 65,536 tokens, 8 heads
 # of 256 x 512 and bfloat16 that moves 1.9 GB; kept from the forward pass (HF_XLSTM_SAVE_STATES=1) they take 1.1 GB.
 SAVE_STATES = os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
-
-
-def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why these tensors cannot run here, or None."""
-    return common.unsupported_reason(q, q.shape[-1], v.shape[-1])
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -21,17 +21,6 @@ GATE_STRIDES = [f"stride_{name}" for name in ("ib", "it", "ih", "fb", "ft", "fh"
 
 
 @triton.jit
-def log_sigmoid(x):
-    """min(x, 0) - log(1 + y), y = exp(-|x|), with log(1 + y) = 2 atanh(z), z = y / (2 + y) <= 1/3, as a series: full
-    relative precision where an open gate (y near 0) has its digits, unlike log(1 + y)."""
-    y = tl.exp(-tl.abs(x))
-    z = y / (2.0 + y)
-    s = z * z
-    series = s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
-    return tl.minimum(x, 0.0) - 2.0 * (z + z * series)
-
-
-@triton.jit
 def max_plus(decay_a, m_a, decay_b, m_b):
     """m after interval a and then b, given the decay and the m that each has by itself. Adds only: -inf is safe."""
     return decay_a + decay_b, tl.maximum(m_a + decay_b, m_b)

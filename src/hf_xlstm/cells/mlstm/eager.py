@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .mlstm_reference import MLSTMState, gate_dtype, log_forget_gate, stabilizer
+from ..numerics import gate_dtype, log_forget_gate
+from .reference import MLSTMState, stabilizer
 
 
 # Work and memory per token grow with L inside chunks and with the number of chunks between them.

@@ -10,17 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import slstm_triton_kernels as kernels
-from . import triton_common as common
-from .slstm_reference import SLSTMState, zero_slstm_state
+from .. import triton_common as common
+from . import triton_kernels as kernels
+from .reference import SLSTMState, zero_slstm_state
 
 
 BB = 16  # sequences per program, the least a matrix product takes
-
-
-def unsupported_reason(gates: torch.Tensor, _: torch.Tensor) -> str | None:
-    """Why these tensors cannot run here, or None."""
-    return common.unsupported_reason(gates, gates.shape[-1])
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

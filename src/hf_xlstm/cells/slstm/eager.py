@@ -1,6 +1,6 @@
 """The sLSTM in PyTorch: a sequence with its own backward pass, and one step for decoding.
 
-The equations are those of slstm_reference.py with another stabilizer, m_t = log(exp(log f_t + m_{t-1}) + exp(i_t))
+The equations are those of reference.py with another stabilizer, m_t = log(exp(log f_t + m_{t-1}) + exp(i_t))
 instead of the maximum. Then n = 1 throughout, c is a running average and m the logarithm of its total weight:
 
     u_t = i_t - (log f_t + m_{t-1}),    m_t = logaddexp(log f_t + m_{t-1}, i_t)
@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .slstm_reference import SLSTMState, slstm_cell, zero_slstm_state
+from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 
 # Steps whose backward coefficients are computed at once: enough to amortise the calls, few enough to stay in cache.
 TILE = 64
 # Of the operators: "hf_xlstm", but a copy of this file beside a checkpoint must not replace them, and has its own.
-NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
+NAMESPACE = __package__.removesuffix(".cells.slstm").replace(".", "_")
 
 
 class Schedule(NamedTuple):

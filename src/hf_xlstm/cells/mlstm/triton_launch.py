@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import mlstm_triton_backward as backward_kernels
-from . import mlstm_triton_kernels as kernels
-from .triton_common import dot_options
+from ..triton_common import dot_options
+from . import triton_backward as backward_kernels
+from . import triton_forward as kernels
 
 
 class Blocks(NamedTuple):

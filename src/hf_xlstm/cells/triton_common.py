@@ -50,3 +50,14 @@ def dot_options(dtype: torch.dtype) -> dict:
         "DOT": tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
         "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
     }
+
+
+@triton.jit
+def log_sigmoid(x):
+    """min(x, 0) - log(1 + y), y = exp(-|x|), with log(1 + y) = 2 atanh(z), z = y / (2 + y) <= 1/3, as a series: full
+    relative precision where an open gate (y near 0) has its digits, unlike log(1 + y)."""
+    y = tl.exp(-tl.abs(x))
+    z = y / (2.0 + y)
+    s = z * z
+    series = s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
+    return tl.minimum(x, 0.0) - 2.0 * (z + z * series)

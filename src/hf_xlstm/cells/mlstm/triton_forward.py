@@ -32,7 +32,8 @@ length, BK and BV blocks of K and V. Gate arrays are (B, H, T), arrays of chunks
 import triton
 import triton.language as tl
 
-from .mlstm_triton_blocks import (
+from ..triton_common import log_sigmoid
+from .triton_tiles import (
     BARRIER,
     GATE_STRIDES,
     PER_CALL,
@@ -45,7 +46,6 @@ from .mlstm_triton_blocks import (
     load_stabilizer,
     load_tile,
     load_transposed,
-    log_sigmoid,
     max_plus,
     normalizer,
     pair_weights,

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .cache_xlstm import xLSTMCacheLayer
+from .cache import xLSTMCacheLayer
+from .cells.numerics import gate_dtype
 from .configuration_xlstm import xLSTMConfig
 from .linear import joint_linear, linear_of
 from .ops import mlstm, mlstm_step, slstm, slstm_step
-from .ops.mlstm_reference import gate_dtype
-from .ops.pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
+from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
 class xLSTMRMSNorm(nn.Module):

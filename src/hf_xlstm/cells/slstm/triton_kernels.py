@@ -23,7 +23,7 @@ compilation serves all.
 import triton
 import triton.language as tl
 
-from .mlstm_triton_blocks import log_sigmoid
+from ..triton_common import log_sigmoid
 
 
 # An input gate of -inf counts as this: -inf - -inf must not arise.

@@ -5,15 +5,11 @@ against it in float64. Dimension letters: B batch, T time, H heads, K query/key 
 """
 
 import torch
-import torch.nn.functional as F
+
+from ..numerics import gate_dtype, log_forget_gate, stored
 
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # c (B, H, K, V), n (B, H, K), m (B, H)
-
-
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gates, states, sums and denominators are float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def zero_mlstm_state(q: torch.Tensor, v: torch.Tensor, batch_size: int) -> MLSTMState:
@@ -25,13 +21,6 @@ def zero_mlstm_state(q: torch.Tensor, v: torch.Tensor, batch_size: int) -> MLSTM
         q.new_zeros(batch_size, heads, key_dim, dtype=dtype),
         q.new_zeros(batch_size, heads, dtype=dtype),
     )
-
-
-def log_forget_gate(fgate: torch.Tensor) -> torch.Tensor:
-    """log sigmoid(fgate). PyTorch's own gives NaN for +-inf in the backward pass; the limits are what we want."""
-    if not (fgate.requires_grad and torch.is_grad_enabled()):
-        return F.logsigmoid(fgate)
-    return torch.where(fgate.isinf(), fgate.clamp_max(0), F.logsigmoid(fgate.nan_to_num(posinf=0.0, neginf=0.0)))
 
 
 def stabilizer(kept: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
@@ -130,3 +119,9 @@ def _packed(q, k, v, igate, fgate, initial_state, output_final_state, mask, cu_s
         final_states.append(state)
     final_state = tuple(torch.cat(s) for s in zip(*final_states)) if output_final_state else None
     return torch.cat(outputs, dim=1), final_state
+
+
+def mlstm_step_reference(q, k, v, igate, fgate, state, *, scale, eps, inplace=False):
+    """One step; shapes as in `hf_xlstm.ops.mlstm_step`."""
+    h, new_state = mlstm_recurrent_step(q, k, v, igate, fgate, state, scale=scale, eps=eps)
+    return h.to(v.dtype), stored(new_state, state, inplace)

@@ -21,7 +21,8 @@ Five kernels: rows (r, 1/D), scores (x, scores, E, G), states (dC', dn'), then d
 import triton
 import triton.language as tl
 
-from .mlstm_triton_blocks import (
+from ..triton_common import log_sigmoid
+from .triton_tiles import (
     GATE_STRIDES,
     PER_CALL,
     RESET,
@@ -32,7 +33,6 @@ from .mlstm_triton_blocks import (
     load_stabilizer,
     load_tile,
     load_transposed,
-    log_sigmoid,
     normalizer,
     pair_weights,
     sequence_chunks,

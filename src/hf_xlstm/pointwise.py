@@ -7,7 +7,7 @@ here it keeps its inputs, or its output, only. In a training step of a 50M model
 import torch
 import torch.nn.functional as F
 
-from .mlstm_reference import gate_dtype
+from .cells.numerics import gate_dtype
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from .mlstm_reference import gate_dtype, log_forget_gate
+from ..numerics import gate_dtype, log_forget_gate, stored
 
 
 SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # h, c, n, m, each (B, H, D)
@@ -101,3 +101,11 @@ def _packed(gates, recurrent_weight, bias, initial_state, output_final_state, ma
         final_states.append(state)
     final_state = tuple(torch.cat(s) for s in zip(*final_states, strict=True)) if output_final_state else None
     return torch.cat(outputs, dim=1), final_state
+
+
+def slstm_step_reference(gates, recurrent_weight, bias, state, *, inplace=False):
+    """One step; shapes as in `hf_xlstm.ops.slstm_step`."""
+    h, new_state = slstm_recurrent(
+        gates.unsqueeze(1), recurrent_weight, bias, initial_state=state, output_final_state=True
+    )
+    return h.squeeze(1), stored(new_state, state, inplace)

@@ -1,0 +1,100 @@
+"""Checks of the arguments of the operators: every message names the argument, what is expected and what was given."""
+
+import torch
+
+from .numerics import gate_dtype
+
+
+def mlstm_state_shapes(rows: int, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+    return {"c": (rows, heads, key_dim, value_dim), "n": (rows, heads, key_dim), "m": (rows, heads)}
+
+
+def slstm_state_shapes(rows: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(("h", "c", "n", "m"), (rows, heads, head_dim))
+
+
+def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(x.shape)}.")
+    if x.device != device:
+        raise ValueError(f"`{name}` must be on {device} like the other inputs, got {x.device}.")
+
+
+def _check_floating(name: str, x: torch.Tensor, dims: int, layout: str) -> None:
+    if x.ndim != dims:
+        raise ValueError(f"`{name}` must have shape {layout}, got {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise ValueError(f"`{name}` must have a floating dtype, got {x.dtype}.")
+    if 0 in x.shape:
+        raise ValueError(f"`{name}` must have no empty dimension, got {tuple(x.shape)}.")
+
+
+def check_mlstm(q, k, v, igate, fgate, sequence: bool) -> None:
+    time = ", T" if sequence else ""
+    _check_floating("q", q, 3 + sequence, f"(B{time}, H, K)")
+    _check_floating("v", v, 3 + sequence, f"(B{time}, H, V)")
+    _check("k", k, q.shape, q.device)
+    _check("v", v, (*q.shape[:-1], v.shape[-1]), q.device)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"`{name}` must have the dtype of `q`, {q.dtype}, got {x.dtype}.")
+    for name, x in (("igate", igate), ("fgate", fgate)):
+        _check(name, x, q.shape[:-1], q.device)
+        if not x.is_floating_point():
+            raise ValueError(f"`{name}` must have a floating dtype, got {x.dtype}.")
+
+
+def check_slstm(gates, recurrent_weight, bias, sequence: bool) -> None:
+    _check_floating("gates", gates, 4 + sequence, f"(B{', T' if sequence else ''}, 4, H, D)")
+    if gates.shape[-3] != 4:
+        raise ValueError(f"`gates` must hold the 4 gates i, f, z, o in dimension -3, got {tuple(gates.shape)}.")
+    heads, head_dim = gates.shape[-2:]
+    for name, x, shape in (
+        ("recurrent_weight", recurrent_weight, (4, heads, head_dim, head_dim)),
+        ("bias", bias, (4, heads, head_dim)),
+    ):
+        _check(name, x, shape, gates.device)
+        if not x.is_floating_point():
+            raise ValueError(f"`{name}` must have a floating dtype, got {x.dtype}.")
+
+
+def check_sequence(x: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> int:
+    """Checks mask and bounds; returns the number of state rows."""
+    batch, length = x.shape[:2]
+    if mask is not None:
+        _check("mask", mask, (batch, length), x.device)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"`mask` must have dtype torch.bool, got {mask.dtype}.")
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(f"`cu_seqlens` packs sequences into one row: B must be 1, got {batch}.")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`cu_seqlens` must be an int tensor of shape (N + 1,), got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}."
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"`cu_seqlens` must be on {x.device} like the other inputs, got {cu_seqlens.device}.")
+    if not torch.compiler.is_compiling():  # the values cannot be looked at while tracing
+        _check_bounds(cu_seqlens, length)
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, length: int) -> None:
+    """Looks at the values once, not in every layer that gets the same tensor: on a GPU that means to wait for it."""
+    seen = (length, 0 if cu_seqlens.is_inference() else cu_seqlens._version)
+    if getattr(cu_seqlens, "_bounds_seen", None) == seen:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}, got {bounds}.")
+    cu_seqlens._bounds_seen = seen
+
+
+def check_state(state, shapes: dict[str, tuple[int, ...]], name: str, x: torch.Tensor) -> None:
+    if not isinstance(state, tuple) or len(state) != len(shapes):
+        raise ValueError(f"`{name}` must be a tuple ({', '.join(shapes)}), got {type(state).__name__}.")
+    for (part, shape), tensor in zip(shapes.items(), state):
+        _check(f"{name} {part}", tensor, shape, x.device)
+        if tensor.dtype != gate_dtype(x.dtype):
+            raise ValueError(f"`{name} {part}` must have dtype {gate_dtype(x.dtype)}, got {tensor.dtype}.")

@@ -1,0 +1,90 @@
+"""Which implementation of an operator runs: one table, and the choice of `backend="auto"`."""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .mlstm.eager import mlstm_chunkwise, mlstm_step_torch
+from .mlstm.reference import mlstm_recurrent, mlstm_step_reference
+from .slstm.eager import slstm_step_torch, slstm_torch
+from .slstm.reference import slstm_recurrent, slstm_step_reference
+
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
+    ("mlstm", "reference"): mlstm_recurrent,
+    ("mlstm", "torch"): mlstm_chunkwise,
+    ("mlstm_step", "reference"): mlstm_step_reference,
+    ("mlstm_step", "torch"): mlstm_step_torch,
+    ("slstm", "reference"): slstm_recurrent,
+    ("slstm", "torch"): slstm_torch,
+    ("slstm_step", "reference"): slstm_step_reference,
+    ("slstm_step", "torch"): slstm_step_torch,
+}
+
+
+@functools.cache
+def _add_triton() -> str | None:
+    """Fills in the Triton rows of the table when they are first asked for; returns why that cannot be done, or None.
+
+    In the copy of this package beside a checkpoint the kernels are left out and these imports raise ImportError.
+    """
+    try:
+        from .mlstm.triton_ops import mlstm_step_triton, mlstm_triton
+        from .slstm.triton_ops import slstm_step_triton, slstm_triton
+    except ImportError as error:
+        return f"its Triton kernels cannot be imported ({error}); pip install hf-xlstm[cuda]"
+    _IMPLEMENTATIONS["mlstm", "triton"] = mlstm_triton
+    _IMPLEMENTATIONS["mlstm_step", "triton"] = mlstm_step_triton
+    _IMPLEMENTATIONS["slstm", "triton"] = slstm_triton
+    _IMPLEMENTATIONS["slstm_step", "triton"] = slstm_step_triton
+    return None
+
+
+def _triton_unsupported(*inputs: torch.Tensor) -> str | None:
+    reason = _add_triton()
+    if reason is not None:
+        return reason
+    from .triton_common import unsupported_reason
+
+    return unsupported_reason(inputs[0], *(x.shape[-1] for x in inputs))
+
+
+def backend_and_reason(op: str, backend: str, *inputs: torch.Tensor) -> tuple[str, str]:
+    """The implementation of `op` that runs, and why: "triton" for CUDA tensors it supports, else "torch", with a
+    warning. `inputs` are tensors whose last dimensions are head dims: q and v, or the gates of the sLSTM.
+
+    `HF_XLSTM_BACKEND` overrides "auto". Raises ValueError for an unknown backend and RuntimeError for one that cannot
+    do what it is asked to.
+    """
+    asked = "asked for by `backend`"
+    if backend == "auto" and "HF_XLSTM_BACKEND" in os.environ:
+        backend, asked = os.environ["HF_XLSTM_BACKEND"], "asked for by HF_XLSTM_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend in ("torch", "reference"):
+        return backend, asked
+    device = inputs[0].device.type
+    if backend == "auto" and device != "cuda":
+        return "torch", f"the fastest on {device}"
+    reason = _triton_unsupported(*inputs)
+    if reason is None:
+        return "triton", "the fastest on cuda"
+    if backend == "triton":
+        raise RuntimeError(f"The triton backend cannot run {op}: {reason}.")
+    _warn_once(f"{op} runs on the torch backend: {reason}.")
+    return "torch", reason
+
+
+def implementation(op: str, backend: str, *inputs: torch.Tensor) -> Callable:
+    """The function that runs `op` on these inputs (see `backend_and_reason`)."""
+    return _IMPLEMENTATIONS[op, backend_and_reason(op, backend, *inputs)[0]]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

@@ -1,0 +1,1 @@
+"""The mLSTM: matrix memory, parallel over time (Beck et al. 2024, eq. 19-27)."""
