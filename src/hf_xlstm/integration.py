@@ -102,7 +102,7 @@ CausalLMOutput = output_class(CausalLMOutputWithPast)
 
 
 def with_cache_name(function: Callable) -> Callable:
-    """`function`, which returns outputs, returning them with the state as `.cache` on every version of Transformers."""
+    """`function`, which returns outputs, with the state as their `.cache` on every version of Transformers."""
     if CACHE_NAME == "cache":
         return function
 
