@@ -135,6 +135,9 @@ class xLSTMConfig(PreTrainedConfig):
         "out_norm": (["hidden_states"], ["hidden_states"]),
     }
 
+    # attributes of a configuration that was read, not fields of a model
+    save_id = None  # of the save that wrote it, see `formats.tensors.TensorFiles.check_save`
+
     vocab_size: int = 50304
     hidden_size: int = 4096
     num_hidden_layers: int = 32
@@ -237,6 +240,8 @@ class xLSTMConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         output = super().to_dict()
+        if output.get("save_id") is None:
+            output.pop("save_id", None)
         if self.block_family == "large":
             for name in PAPER_ONLY:
                 output.pop(name, None)

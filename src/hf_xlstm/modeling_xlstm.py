@@ -13,8 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -32,7 +30,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import xLSTMCache
 from .cells.numerics import gate_dtype
 from .configuration_xlstm import xLSTMConfig
-from .formats.weights import Layout, weights_from_theirs
+from .formats.tensors import ConvertedTensor, TensorFiles, native_tensors
+from .formats.weights import Layout
 from .layers import (
     xLSTMCausalConv,
     xLSTMFeedForward,
@@ -121,16 +120,12 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Converts the layouts of other implementations, and refuses a checkpoint that does not fit: nothing starts at
-        random unseen."""
-        load = PreTrainedModel._load_pretrained_model
+        """Loads native and foreign checkpoints, and refuses one that does not fit: nothing starts at random unseen."""
         model.config.weight_mode = "single"
-        try:
-            if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
-                state_dict = model._weights_from_theirs(checkpoint_files)
-            result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"The checkpoint cannot be read, a file is damaged or cut off: {error}.") from error
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            state_dict = model._tensors_from_foreign(TensorFiles(checkpoint_files))
+        load = PreTrainedModel._load_pretrained_model
+        result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if checkpoint_files:
             info = result[0]
             mismatched = [] if load_config.ignore_mismatched_sizes else [name for name, *_ in info.mismatched_keys]
@@ -147,20 +142,22 @@ class xLSTMPreTrainedModel(PreTrainedModel):
                     raise ValueError(f"The checkpoint {problem} weights of {type(model).__name__}: {', '.join(body)}.")
         return result
 
-    def _weights_from_theirs(self, checkpoint_files: list[str]) -> dict[str, torch.Tensor] | None:
-        """The checkpoint under our names, or None if these are the names it has."""
-        names = []
-        for path in checkpoint_files:
-            with safe_open(path, framework="pt") as file:
-                names += file.keys()
-        if Layout.of(names) == Layout("hf_xlstm"):
+    def _tensors_from_foreign(self, files: TensorFiles) -> dict[str, ConvertedTensor] | None:
+        """The parameters in a foreign checkpoint, converted one by one while Transformers reads them; None if the
+        checkpoint is native.
+
+        Transformers' own `WeightConverter` does not fit, not even for `weight_mode="fused"`: its rules are registered
+        by the name of a class or model type, which Transformers' xLSTM has as well; its `Chunk` splits into equal
+        parts, which q, k and v are not; and `save_pretrained` would join the weights again under a configuration that
+        says they are single.
+        """
+        if Layout.of(files.paths) == Layout("hf_xlstm"):
             return None
-        weights = {name: x for path in checkpoint_files for name, x in load_file(path).items()}
         names = list(self.state_dict()) if hasattr(self, "backbone") else [f"backbone.{x}" for x in self.state_dict()]
-        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in weights}
-        if "lm_head.weight" in weights:  # also for a model without it, which drops it afterwards
+        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in files.paths}
+        if "lm_head.weight" in files.paths:  # also for a model without a head, which drops it afterwards
             names.add("lm_head.weight")
-        return weights_from_theirs(weights, names, self.config)
+        return native_tensors(files, names, self.config)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside Transformers it would pass over modules that hold no parameter themselves; ours initialise
