@@ -89,13 +89,15 @@ def as_cuda_backend(weights: dict[str, torch.Tensor], heads: int) -> dict[str, t
 
 
 def write_package(directory, variant: str, weights: dict[str, torch.Tensor] | None = None, kind: str = "yaml"):
+    """Writes a checkpoint of the package (`kind="yaml"`), or one wrapped into a Transformers model with its
+    configuration under the name `kind`."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = package_weights(variant) if weights is None else weights
     if kind == "yaml":
         (directory / "config.yaml").write_text(yaml.safe_dump(package_config(variant)))
     else:
         auto_map = {"AutoConfig": "configuration_xlstm.xLSTMConfig", "AutoModelForCausalLM": "modeling_xlstm.xLSTM"}
-        fields = {"model_type": "xlstm", "auto_map": auto_map, "_xlstm_config": package_config(variant)}
+        fields = {"model_type": "xlstm", "auto_map": auto_map, kind: package_config(variant)}
         (directory / "config.json").write_text(
             json.dumps(fields | {"vocab_size": BASE["vocab"], "torch_dtype": "float32"})
         )
@@ -106,7 +108,8 @@ def write_package(directory, variant: str, weights: dict[str, torch.Tensor] | No
 
 def large(directory, fused: bool = False, **fields):
     """A native model, and the same as `xLSTMLarge` writes it."""
-    model = tiny_model(**fields)
+    # with `use_bias` all norms of `xLSTMLarge` have one
+    model = tiny_model(**fields, out_norm_bias=fields.get("use_bias", False) and fields.get("add_out_norm", True))
     weights = dict(model.state_dict())
     weights["embedding.weight"] = weights.pop("backbone.embeddings.weight")
     if fused:
@@ -139,7 +142,7 @@ def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, tor
 # ---- numbers
 
 
-@pytest.mark.parametrize("kind", ["yaml", "wrapper"])
+@pytest.mark.parametrize("kind", ["yaml", "_xlstm_config", "xlstm_cfg"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_gradients_and_states(variant, kind, tmp_path):
     """Of the model opened as it is, in float64, against the paper's equations, which have no `eps` beside m."""
@@ -237,7 +240,7 @@ def test_package_round_trip(variant, backend, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_wrapper_round_trip(tied, tmp_path):
     variant = "tied" if tied else "mixed"
-    write_package(tmp_path / "foreign", variant, kind="wrapper")
+    write_package(tmp_path / "foreign", variant, kind="_xlstm_config")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "foreign")
     assert type(model) is xLSTMForCausalLM
     convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
@@ -249,7 +252,7 @@ def test_wrapper_round_trip(tied, tmp_path):
     assert torch.equal(again(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
 
 
-@pytest.mark.parametrize("kind", ["yaml", "wrapper"])
+@pytest.mark.parametrize("kind", ["yaml", "_xlstm_config", "xlstm_cfg"])
 def test_backbone_of_a_language_model(kind, tmp_path):
     write_package(tmp_path, "mixed", kind=kind)
     backbone, model = xLSTMModel.from_pretrained(tmp_path), xLSTMForCausalLM.from_pretrained(tmp_path)
@@ -257,7 +260,9 @@ def test_backbone_of_a_language_model(kind, tmp_path):
     model.generate(tokens(1, 3), max_new_tokens=3, do_sample=False)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_bias": True, "add_out_norm": False}, {"ffn_proj_factor": 3.3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_bias": True}, {"use_bias": True, "add_out_norm": False}, {"ffn_proj_factor": 3.3}], ids=str
+)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("max_shard_size", [10**9, 5000])
 def test_large_round_trip(fused, fields, max_shard_size, tmp_path):

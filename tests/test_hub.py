@@ -164,6 +164,55 @@ assert tokenizer("Once upon a time").input_ids == [1, 2, 3, 4]
     assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(flat_modules())
 
 
+def test_code_is_written_only_to_be_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(xLSTMForCausalLM, "_saves_code", False)
+    model = tiny_model(["mlstm", "slstm"])
+    before = model.config.to_dict()
+
+    def code(name: str) -> set[str]:
+        """The code files in a directory, which its configuration knows of."""
+        files = {path.name for path in (tmp_path / name).glob("*.py")}
+        assert ("auto_map" in json.loads((tmp_path / name / "config.json").read_text())) == bool(files)
+        return files
+
+    model.save_pretrained(tmp_path / "plain")
+    assert not code("plain")
+    save_self_contained(model, tmp_path / "shared")
+    assert code("shared") == set(flat_modules())
+    model.save_pretrained(tmp_path / "again")  # the call before has left no trace
+    assert not code("again")
+    model.register_for_auto_class()
+    model.save_pretrained(tmp_path / "registered")
+    assert code("registered") == set(flat_modules())
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").iterdir())
+    assert model.config.to_dict() == before
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
+    loaded.config.save_pretrained(tmp_path / "config")
+    assert not code("config")
+    loaded.config.save_pretrained(tmp_path / "shared")  # where its code is
+    assert code("shared") == set(flat_modules())
+
+
+@pytest.mark.parametrize("name", ["my model (1)", "Müller+Söhne", "v1.5-final", "3b", "class", "."])
+def test_any_directory_name_works_for_a_stranger(name, run, tmp_path):
+    directory = tmp_path / "parent" / name
+    model = tiny_model(["mlstm", "slstm"])
+    save_self_contained(model, directory)
+    code = f"""{STRANGER}
+import os, sys, torch
+from transformers import AutoModelForCausalLM
+os.chdir(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.tensor({PROMPT})).logits, sys.argv[3])
+"""
+    where = directory if name == "." else directory.parent
+    run(*python(code, where, name, tmp_path / "logits.pt"))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
+
+
 def test_default_card(tmp_path):
     save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / "mixed")
     save_self_contained(tiny_model(), tmp_path / "pure")
@@ -357,7 +406,9 @@ rows = [{{"input_ids": torch.arange(8), "labels": torch.arange(8)}}] * 4
 arguments = TrainingArguments(
     "trained", push_to_hub=True, hub_model_id="{REPOSITORY}", max_steps=2, save_steps=1, report_to=[], use_cpu=True
 )
-trainer = Trainer(AutoModelForCausalLM.from_pretrained("model"), arguments, train_dataset=rows)
+model = AutoModelForCausalLM.from_pretrained("model")
+model.register_for_auto_class()  # Trainer's checkpoints are to be shared
+trainer = Trainer(model, arguments, train_dataset=rows)
 trainer.train()
 trainer.push_to_hub()
 torch.save(trainer.model.eval()(torch.tensor({PROMPT})).logits, "trained.pt")

@@ -321,7 +321,7 @@ def write_configuration(
             model = xLSTMForCausalLM(config)
         config.architectures = [type(model).__name__]
         config.dtype = outputs["backbone.embeddings.weight"].dtype
-        save_code(model, directory)
+        config.auto_map = save_code(directory)
         config.save_pretrained(directory)
         model.generation_config.save_pretrained(directory)
         return
