@@ -1,5 +1,6 @@
 """Checkpoints of the `xlstm` package and what is built on it: opened as they are, converted, and converted back."""
 
+import io
 import json
 import os
 import resource
@@ -349,8 +350,9 @@ def test_script(tmp_path, monkeypatch, capsys):
         assert "equal to the source" in capsys.readouterr().out
     expected = as_cuda_backend(package_weights("mixed"), 4)
     assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
-    with pytest.raises(SystemExit, match="back exists"):
+    with pytest.raises(SystemExit, match="2"):
         convert_checkpoint_script()
+    assert capsys.readouterr().err.endswith("back exists.\n")
 
 
 # ---- what goes wrong
@@ -451,11 +453,70 @@ def test_damaged_file(tmp_path):
     assert os.listdir(tmp_path) == ["foreign"]
 
 
-def test_pickle_with_code_is_refused(tmp_path):
+def pickled(x) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, contents",
+    [
+        ("model.pt", b"xx"),
+        ("model.pt", pickled({"weights": os.system})),  # with code
+        ("model.bin", pickled([1, 2])),
+        ("config.yaml", b"a: ["),
+        ("config.yaml", b"[1, 2]"),
+        ("config.yaml", b"a: 1"),
+        ("config.yaml", b"\xff\xfe"),
+        ("config.yaml", b"{num_blocks: many, embedding_dim: 32, vocab_size: 61}"),
+        ("config.json", b"{"),
+        ("config.json", b"[1]"),
+        ("config.json", b'{"model_type": "xlstm", "hidden_size": "wide"}'),
+        ("config.json", b'{"model_type": "xlstm", "_xlstm_config": {}}'),
+        ("model.safetensors", b""),
+    ],
+    ids=str,
+)
+def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypatch, capsys):
+    source = write_package(tmp_path / "foreign", "mixed")
+    if name.startswith("config"):
+        (source / "config.yaml").unlink()
+    else:
+        (source / "model.safetensors").unlink()
+    (source / name).write_bytes(contents)
+    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", str(source), str(tmp_path / "native")])
+    with pytest.raises(SystemExit, match="2"):
+        convert_checkpoint_script()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(source) in line and (name in line or name == "config.json")
+    assert os.listdir(tmp_path) == ["foreign"]
+
+
+def test_source_that_is_no_directory(tmp_path):
+    """And no name of a repository on the Hub."""
+    with pytest.raises(NotADirectoryError, match="some/name is not a directory"):
+        convert_checkpoint("some/name", tmp_path / "native")
+
+
+def test_two_conversions_to_one_target(tmp_path, monkeypatch):
+    """The second is refused, at whatever moment of the first it comes, and the first is whole."""
     write_package(tmp_path / "foreign", "mixed")
-    (tmp_path / "foreign/model.safetensors").unlink()
-    torch.save({"weights": os.system}, tmp_path / "foreign/model.pt")
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
+    convert_checkpoint(tmp_path / "foreign", tmp_path / "expected")
+    write, refused = conversion.write_configuration, []
+
+    def come_between(directory, *args):
+        if not refused:  # another thread has a lock of its own, as another process has
+            with pytest.raises(FileExistsError, match="native is being written by another process") as error:
+                convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
+            refused.append(error)
+        write(directory, *args)
+
+    monkeypatch.setattr(conversion, "write_configuration", come_between)
+    convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
+    assert refused and sorted(os.listdir(tmp_path)) == ["expected", "foreign", "native"]
+    assert sorted(os.listdir(tmp_path / "native")) == sorted(os.listdir(tmp_path / "expected"))
+    with pytest.raises(FileExistsError, match="native exists"):
         convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
 
 

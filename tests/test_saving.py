@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes and `from_pretrained` reads: files of one save, damaged ones, shards without an index."""
+"""What `save_pretrained` writes and `from_pretrained` reads: files of one save, damaged files, unindexed shards."""
 
 import json
 import os

@@ -25,6 +25,11 @@ from .hub import save_code
 from .modeling_xlstm import xLSTMForCausalLM
 
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 __all__ = ["FORMATS", "Report", "cache_from_xlstm", "cache_to_xlstm", "convert_checkpoint", "native_shapes"]
 
 FORMATS = ("hf_xlstm", "xlstm_large", "xlstm", "xlstm_wrapper")
@@ -119,6 +124,7 @@ def convert_checkpoint(
     Args:
         target: a directory that does not exist yet, or an empty one. Until the conversion is complete there is only
             `<target>.partial`, which is removed if it fails, and replaced by the next run if the process was killed.
+            While one process writes it, another one is refused.
         to: `"hf_xlstm"`, `"xlstm_large"` or `"xlstm"` (safetensors and `config.yaml`), or `"xlstm_wrapper"` (`xlstm`
             inside a Transformers model with remote code, which is not written).
         fused: write the weights of `xlstm_large` joined, as its `weight_mode="fused"` has them.
@@ -129,12 +135,14 @@ def convert_checkpoint(
     Raises:
         ValueError: tensors are missing, unknown or misshapen (the message names them), a file is damaged, or the
             target format has no such model.
-        OSError: the target exists, the source has no weights, or the disk is full.
+        OSError: the target exists or another process is writing it, the source has no weights, or the disk is full.
     """
     source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise NotADirectoryError(f"{source} is not a directory.")
     if to not in FORMATS:
         raise ValueError(f"`to` must be one of {', '.join(FORMATS)}, got {to!r}.")
-    config = xLSTMConfig.from_pretrained(source)
+    config = read_configuration(source)
     files = open_tensors(source)
     files.check_save(config.save_id)
     config.save_id = None  # what is written appears at once
@@ -166,6 +174,16 @@ def convert_checkpoint(
                 progress.set_description("Comparing")
                 compare(steps, files, open_tensors(partial), progress.update)
     return Report(names, len(outputs), nbytes, verify)
+
+
+def read_configuration(source: Path) -> xLSTMConfig:
+    """The configuration in a directory. Raises ValueError if it does not describe a model."""
+    try:
+        return xLSTMConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the type of the error depends on what is wrong with which field
+        raise ValueError(f"The configuration in {source} does not describe a model: {error}") from error
 
 
 def steps_to_native(files: TensorFiles | PickledTensors, config: xLSTMConfig) -> list[Step]:
@@ -255,22 +273,57 @@ def shard_names(number: int, to: str) -> list[str]:
 
 @contextmanager
 def appearing(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory to fill, which gets its name at the end, or disappears after a failure."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists.")
+    """A directory to fill, which gets its name at the end, or disappears after a failure.
+
+    The name until then is `<target>.partial`. The process that fills it holds a lock on it, which the system releases
+    when the process ends, however it ends: what a killed one has left is replaced.
+
+    Raises:
+        FileExistsError: the target exists and is not empty, or another process is writing it.
+        OSError: the disk has less than `nbytes` left.
+    """
+    _check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
         raise OSError(f"{target} needs {nbytes:,} bytes, and the disk has {free:,} left.")
-    partial.mkdir()
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(exist_ok=True)
+    with _locked(partial, f"{target} is being written by another process."):
+        try:
+            _check_free(target)
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield partial
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists.")
+
+
+@contextmanager
+def _locked(directory: Path, message: str) -> Iterator[None]:
+    """Holds an exclusive lock on a directory. Raises FileExistsError with `message` if another process holds it."""
+    if fcntl is None:  # not on Windows, where nothing keeps two writers apart
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(handle), os.stat(directory))
+        except OSError as error:  # it is locked, or was finished before it could be
+            raise FileExistsError(message) from error
+        if not same:
+            raise FileExistsError(message)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_safetensors(

@@ -25,8 +25,8 @@ from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 # Steps whose backward coefficients are computed at once: enough to amortise the calls, few enough to stay in cache.
 TILE = 64
-# The operators' namespace: "hf_xlstm" here. A copy of this file beside a checkpoint has one of its own, named after the
-# directory, which may have characters that a namespace cannot have.
+# The operators' namespace: "hf_xlstm" here. A copy of this file beside a checkpoint has one of its own, named after
+# the directory, which may have characters that a namespace cannot have.
 NAMESPACE = re.sub(r"[^0-9A-Za-z_]", lambda x: f"_{ord(x[0]):x}_", __package__.removesuffix(".cells.slstm"))
 
 
