@@ -12,6 +12,8 @@ import push_to_hub
 import pytest
 import tokenizers
 import torch
+from common import STACKS
+from common import tiny_model as memorable_model
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -24,6 +26,8 @@ from hf_xlstm.hub import AUTO_MAP, flat_modules, save_self_contained
 
 REPOSITORY = f"{USER}/tiny"
 PROMPT = [[5, 3, 7, 2, 9, 4]]
+# Interpreters of environments with other versions of Transformers, as tests/matrix.sh makes them.
+PYTHONS = [path for path in os.environ.get("HF_XLSTM_PYTHONS", "").split(os.pathsep) if path]
 # what a process sees where neither the package nor Triton was ever installed
 STRANGER = "import sys; sys.modules['hf_xlstm'] = sys.modules['triton'] = None\n"
 
@@ -213,6 +217,41 @@ torch.save(model(torch.tensor({PROMPT})).logits, sys.argv[3])
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
+GREEDY = f"""{STRANGER}
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity_error()
+directory, results = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
+options = {{"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}}
+torch.save([model.generate(ids, **options), model.generate(ids, **options, use_cache=False)], results)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHONS, reason="HF_XLSTM_PYTHONS names no interpreters with other versions of Transformers")
+@pytest.mark.parametrize("stack", STACKS)
+def test_folder_generates_the_same_text_on_every_version(stack, tmp_path):
+    """By the code in the folder, in clean processes, and with the cache as without."""
+    model = memorable_model(**STACKS[stack])
+    save_self_contained(model, tmp_path / "folder")
+    ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
+    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert expected.shape == (2, 30)
+    for index, interpreter in enumerate(PYTHONS):
+        results = tmp_path / f"{index}.pt"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [interpreter, "-c", GREEDY, str(tmp_path / "folder"), str(results)]
+        environment["HF_MODULES_CACHE"] = str(tmp_path / f"modules{index}")
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        for text in torch.load(results):
+            assert torch.equal(text, expected), interpreter
+
+
 def test_default_card(tmp_path):
     save_self_contained(tiny_model(["mlstm", "slstm"]), tmp_path / "mixed")
     save_self_contained(tiny_model(), tmp_path / "pure")
@@ -367,6 +406,18 @@ def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
     assert "| model.safetensors |" in shown and "| evaluation.json |" in shown and "optimizer.pt" not in shown
     assert "| lzma | 3.500 |" in shown and "four words" in shown
     assert "| my task | acc | 0.2500 ± 0.1250 | 2 shots |" in shown
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}"], ids=["missing", "damaged", "empty"])
+def test_push_of_what_train_did_not_write(text, trained, capsys, monkeypatch):
+    (trained / "metrics.json").unlink()
+    if text is not None:
+        (trained / "metrics.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
+    with pytest.raises(SystemExit, match="2"):
+        push_to_hub.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics.json" in line and str(trained) in line
 
 
 def test_card_metadata_is_a_model_index(trained, tmp_path):
