@@ -5,22 +5,28 @@ except `create_masks_for_generate`, which stands beside the mask it makes in mod
 Transformers moves is this file. `hf_xlstm.versions` says which versions are tested.
 """
 
+import copy
 import functools
 import inspect
+import json
+import os
 import re
+import threading
+import uuid
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput as BaseOutput
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs, cached_file, logging
 
 from .cache import xLSTMCache
-from .formats.weights import Layout, weights_from_theirs
+from .formats.tensors import ConvertedTensor, TensorFiles, native_tensors
+from .formats.weights import Layout
 from .versions import warn_if_untested
 
 
@@ -114,33 +120,149 @@ def with_cache_name(function: Callable) -> Callable:
     return wrapper
 
 
+INDEX = "model.safetensors.index.json"
+SHARD = "model_{}.safetensors"  # as `xLSTMLarge` and the scaling-law runs of NX-AI number them, without an index
+_saving = threading.RLock()
+
+
+def check_index(path: str) -> None:
+    """Raises ValueError naming the index of a sharded checkpoint, if there is one, unless it can be read."""
+    if not os.path.isfile(path):
+        return
+    try:
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(index["weight_map"], dict) or not isinstance(index["metadata"], dict):
+            raise TypeError("`weight_map` and `metadata` must be mappings")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or cut off: {error}.") from error
+
+
+def numbered_shards(directory: str | os.PathLike, subfolder: str = "", **kwargs) -> list[str]:
+    """The files `model_0.safetensors`, `model_1.safetensors`, ... of a checkpoint, downloaded if it is on the Hub."""
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+    options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    options["_raise_exceptions_for_missing_entries"] = False
+    files = []
+    while True:
+        try:
+            file = cached_file(directory, SHARD.format(len(files)), subfolder=subfolder or "", **options)
+        except OSError:  # no such repository, no connection: the caller has met it before
+            file = None
+        if file is None:
+            return files
+        files.append(file)
+
+
+@contextmanager
+def weights_metadata(**metadata: str):
+    """Adds to the metadata of all safetensors files that Transformers writes inside; there is no argument for it."""
+    with _saving:  # the name is one for all threads
+        save_file = modeling_utils.safe_save_file
+
+        def save_with_metadata(*args, **kwargs):
+            return save_file(*args, **kwargs | {"metadata": (kwargs.get("metadata") or {}) | metadata})
+
+        modeling_utils.safe_save_file = save_with_metadata
+        try:
+            yield
+        finally:
+            modeling_utils.safe_save_file = save_file
+
+
 class LoadingMixin:
     """Loading and saving: safetensors only, other implementations' layouts converted, nothing at random unseen."""
 
+    # whether `save_pretrained` writes the code along, unless told: see `register_for_auto_class` and `push_to_hub`
+    _saves_code = False
+
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        kwargs.setdefault("use_safetensors", True)  # never a pickle, unless asked for
-        return super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in Transformers, and also weights in `model_{n}.safetensors` without an index. Pickles are read only with
+        `use_safetensors=False`."""
+        kwargs.setdefault("use_safetensors", True)
+        if pretrained_model_name_or_path is not None:
+            check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", INDEX))
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError:
+            if pretrained_model_name_or_path is None or not numbered_shards(pretrained_model_name_or_path, **kwargs):
+                raise
+        # The first shard has a name that the configuration may tell; `_load_pretrained_model` finds the others.
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):
+            kwargs["config"] = copy.copy(config)
+            kwargs["config"].transformers_weights = SHARD.format(0)
+        else:
+            kwargs["transformers_weights"] = SHARD.format(0)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        if self._auto_class is None:  # else this is code that came with a checkpoint, which Transformers copies itself
-            from .hub import save_code
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Makes `save_pretrained` write the code along from now on, so that what it saves opens without this package.
 
-            save_code(self, save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        One call covers the configuration and all model classes.
+        """
+        try:
+            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+        except ImportError:
+            super().register_for_auto_class(auto_class)  # Transformers copies the code of a copy by itself
+        else:
+            cls._saves_code = True
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in Transformers; the code is sent along."""
+        self._saves_code = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            del self._saves_code
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        with_code: bool | None = None,
+        **kwargs,
+    ) -> None:
+        """As in Transformers, but the configuration of the model stays as it is.
+
+        Args:
+            with_code: write the code of this package into the directory, so that the model opens without the package,
+                by `trust_remote_code=True`. By default when the model is meant to be shared: with `push_to_hub`, and
+                after `register_for_auto_class`.
+        """
+        if with_code is None:
+            with_code = push_to_hub or self._saves_code
+        live, save_id = self.config, uuid.uuid4().hex
+        self.config = copy.copy(live)
+        self.config.save_id = save_id
+        try:
+            if with_code and self._auto_class is None and self.should_save_on_this_rank(is_main_process):
+                from .hub import save_code
+
+                self.config.auto_map = save_code(save_directory)
+            with weights_metadata(save_id=save_id):
+                super().save_pretrained(
+                    save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
+                )
+        finally:
+            self.config = live
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Converts the layouts of other implementations, and refuses a checkpoint that does not fit: nothing starts at
-        random unseen."""
-        load = PreTrainedModel._load_pretrained_model
+        """Loads native and foreign checkpoints, and refuses one that does not fit: nothing starts at random unseen."""
         model.config.weight_mode = "single"
-        try:
-            if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
-                state_dict = model._weights_from_theirs(checkpoint_files)
-            result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"The checkpoint cannot be read, a file is damaged or cut off: {error}.") from error
+        save_id, model.config.save_id, model.config.transformers_weights = model.config.save_id, None, None
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            directory, name = os.path.split(checkpoint_files[0])
+            if name == SHARD.format(0):
+                checkpoint_files = numbered_shards(directory)
+            files = TensorFiles(checkpoint_files)
+            files.check_save(save_id)
+            state_dict = model._tensors_from_foreign(files)
+        load = PreTrainedModel._load_pretrained_model
+        result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if checkpoint_files:
             info = result[0]
             mismatched = [] if load_config.ignore_mismatched_sizes else [name for name, *_ in info.mismatched_keys]
@@ -157,20 +279,22 @@ class LoadingMixin:
                     raise ValueError(f"The checkpoint {problem} weights of {type(model).__name__}: {', '.join(body)}.")
         return result
 
-    def _weights_from_theirs(self, checkpoint_files: list[str]) -> dict[str, torch.Tensor] | None:
-        """The checkpoint under our names, or None if these are the names it has."""
-        names = []
-        for path in checkpoint_files:
-            with safe_open(path, framework="pt") as file:
-                names += file.keys()
-        if Layout.of(names) == Layout("hf_xlstm"):
+    def _tensors_from_foreign(self, files: TensorFiles) -> dict[str, ConvertedTensor] | None:
+        """The parameters in a foreign checkpoint, converted one by one while Transformers reads them; None if the
+        checkpoint is native.
+
+        Transformers' own `WeightConverter` does not fit, not even for `weight_mode="fused"`: its rules are registered
+        by the name of a class or model type, which Transformers' xLSTM has as well; its `Chunk` splits into equal
+        parts, which q, k and v are not; and `save_pretrained` would join the weights again under a configuration that
+        says they are single.
+        """
+        if Layout.of(files.paths) == Layout("hf_xlstm"):
             return None
-        weights = {name: x for path in checkpoint_files for name, x in load_file(path).items()}
         names = list(self.state_dict()) if hasattr(self, "backbone") else [f"backbone.{x}" for x in self.state_dict()]
-        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in weights}
-        if "lm_head.weight" in weights:  # also for a model without it, which drops it afterwards
+        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in files.paths}
+        if "lm_head.weight" in files.paths:  # also for a model without a head, which drops it afterwards
             names.add("lm_head.weight")
-        return weights_from_theirs(weights, names, self.config)
+        return native_tensors(files, names, self.config)
 
     def _initialize_weights(self, module: torch.nn.Module, is_custom_code: bool = False) -> None:
         # For code outside Transformers it would pass over modules that hold no parameter themselves; ours initialise
@@ -209,6 +333,17 @@ class RecurrentGenerationMixin(GenerationMixin):
             masked = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
             self.backbone(masked, attention_mask=masked, cache=cache)
             cache.advance(-1, self.device)
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
+        """A mask of ones: padding is what `attention_mask` says. Transformers would mask every token whose id is
+        `pad_token_id`, but that has a default, and may be the id of a word."""
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        if not mask.all():
+            logger.warning_once(
+                f"The prompt has tokens whose id is pad_token_id={generation_config.pad_token_id}, and no "
+                "`attention_mask`: they are read like any other. Pass `attention_mask` if they are padding."
+            )
+        return torch.ones_like(mask)
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs

@@ -134,8 +134,12 @@ class xLSTMModel(xLSTMPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([xLSTMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
-        norm = PaperLayerNorm if config.block_family == "paper" else RMSNorm
-        self.out_norm = norm(config.hidden_size, eps=config.norm_eps) if config.add_out_norm else nn.Identity()
+        if not config.add_out_norm:
+            self.out_norm = nn.Identity()
+        elif config.block_family == "paper":
+            self.out_norm = PaperLayerNorm(config.hidden_size, eps=config.norm_eps)
+        else:
+            self.out_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, bias=config.out_norm_bias)
         self.gradient_checkpointing = False
         self.post_init()
 
