@@ -7,8 +7,7 @@ complete and has been compared with what it was made from, or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
+from .files import appearing
 from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
 from .formats.weights import Layout, apply, check_names, drop_tied_head
 from .hub import save_code
@@ -106,7 +106,7 @@ def convert_checkpoint(
 
     Args:
         target: a directory that does not exist yet, or an empty one. Until the conversion is complete there is only
-            `<target>.partial`, which is removed if it fails, and replaced by the next run if the process was killed.
+            `<target>.partial-…`, which is removed if it fails, and by the next run if the process was killed.
         to: `"hf_xlstm"`, `"xlstm_large"` or `"xlstm"` (safetensors and `config.yaml`), or `"xlstm_wrapper"` (`xlstm`
             inside a Transformers model with remote code, which is not written).
         fused: write the weights of `xlstm_large` joined, as its `weight_mode="fused"` has them.
@@ -234,26 +234,6 @@ def shard_names(number: int, to: str) -> list[str]:
     if to == "xlstm_large":
         return [f"model_{n}.safetensors" for n in range(number)]
     return [f"model-{n + 1:05d}-of-{number:05d}.safetensors" for n in range(number)]
-
-
-@contextmanager
-def appearing(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory to fill, which gets its name at the end, or disappears after a failure."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
-        raise OSError(f"{target} needs {nbytes:,} bytes, and the disk has {free:,} left.")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_safetensors(
