@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput as BaseOutput
@@ -78,6 +80,26 @@ def refuse_unknown(arguments: dict) -> None:
             "The state goes by the name `cache`, padding by `attention_mask`, packed documents by `seq_idx`, "
             "`cu_seq_lens_q` or `position_ids`."
         )
+
+
+def refuse_split_sequence() -> None:
+    """Raises NotImplementedError where somebody else's mechanism has split the sequence over ranks: accelerate's
+    `ParallelismConfig(cp_size=...)`, DeepSpeed's Ulysses (`sp_size=...`), PyTorch's `context_parallel`. They exchange
+    what attention needs; the recurrent state would start anew on every rank, and gradients be wrong in silence."""
+    if _sequence_is_split():
+        raise NotImplementedError(
+            "The sequence is split over ranks (context or sequence parallelism), which an xLSTM does not support: its "
+            "recurrent state would start anew on every rank. Use data, tensor or pipeline parallelism."
+        )
+
+
+@torch._dynamo.assume_constant_result
+def _sequence_is_split() -> bool:
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    if parallelism is not None and max(parallelism.cp_size, getattr(parallelism, "sp_size", 1)) > 1:
+        return True
+    # inside `context_parallel`, which replaces the function
+    return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor")
 
 
 class _CacheNames:

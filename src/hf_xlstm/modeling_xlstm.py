@@ -34,6 +34,7 @@ from .integration import (
     ModelOutput,
     RecurrentGenerationMixin,
     one_cache,
+    refuse_split_sequence,
     refuse_unknown,
     with_cache_name,
 )
@@ -187,8 +188,10 @@ class xLSTMModel(xLSTMPreTrainedModel):
         Raises:
             ValueError: an argument contradicts another one, or its shape does not fit.
             TypeError: an unknown argument, such as a cache under another name, would have to be ignored.
+            NotImplementedError: the sequence is split over ranks.
         """
         refuse_unknown(kwargs)
+        refuse_split_sequence()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
