@@ -279,6 +279,7 @@ def test_large_round_trip(fused, fields, max_shard_size, tmp_path):
     assert_same_tensors(back, weights)
     config = yaml.safe_load((tmp_path / "back/config.yaml").read_text())
     assert config["weight_mode"] == ("fused" if fused else "single") and config["embedding_dim"] == 32
+    assert_same_tensors(xLSTMForCausalLM.from_pretrained(tmp_path / "back").state_dict(), model.state_dict())
     convert_checkpoint(tmp_path / "back", tmp_path / "again")  # also from shards
     assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict(), model.state_dict())
 

@@ -315,6 +315,35 @@ for revision in ("main", "whole"):
         torch.testing.assert_close(torch.load(tmp_path / f"{revision}.pt"), logits(model))
 
 
+def test_numbered_shards_without_an_index_on_the_hub(run, tmp_path):
+    """As in NX-AI/xlstm_scaling_laws: a folder for each run, found by `subfolder`."""
+    model = tiny_model(["mlstm", "slstm"])
+    folder = tmp_path / "folder" / "run"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    for index, path in enumerate(shards):
+        path.rename(folder / f"model_{index}.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    code = f"""
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+import hf_xlstm
+HfApi().create_repo("{REPOSITORY}")
+HfApi().upload_folder(repo_id="{REPOSITORY}", folder_path="folder")
+model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", subfolder="run")
+torch.save(model(torch.tensor({PROMPT})).logits, "logits.pt")
+try:
+    AutoModelForCausalLM.from_pretrained("{REPOSITORY}", subfolder="other")
+except OSError as error:
+    print("refused:", error)
+"""
+    output = run(*python(code))
+    assert re.search(r"refused: .*config\.json", output, flags=re.DOTALL), output
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
+
+
 def test_history_branches_card_and_deletion(hub, run):
     code = f"""
 from pathlib import Path

@@ -251,7 +251,7 @@ class xLSTMConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in Transformers, but `auto_map` is written only where the code that it names is."""
-        written = copy.copy(self)
+        written = copy.deepcopy(self)
         if written._auto_class is None and getattr(self, "auto_map", None):
             files = [
                 f"{str(reference).split('.')[0]}.py" for reference in self.auto_map.values() if "--" not in reference

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, cached_file, logging
 
@@ -219,7 +220,7 @@ class LoadingMixin:
         if with_code is None:
             with_code = push_to_hub or self._saves_code
         live, save_id = self.config, uuid.uuid4().hex
-        self.config = copy.copy(live)
+        self.config = copy.deepcopy(live)  # in which Transformers, too, writes dtype, class and the like
         self.config.save_id = save_id
         try:
             if with_code and self._auto_class is None and self.should_save_on_this_rank(is_main_process):
@@ -245,6 +246,8 @@ class LoadingMixin:
             files = TensorFiles(checkpoint_files)
             files.check_save(save_id)
             state_dict = model._tensors_from_foreign(files)
+            if state_dict is not None and is_deepspeed_zero3_enabled():  # which takes tensors only
+                state_dict = {name: x[...] for name, x in state_dict.items()}
         load = PreTrainedModel._load_pretrained_model
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if checkpoint_files:
