@@ -7,8 +7,7 @@ complete and has been compared with the source, or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +17,13 @@ from tqdm.auto import tqdm
 
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
+from .files import appearing
 from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
 from .formats.tensors import DTYPES, TensorFiles
 from .formats.weights import Layout, check_names, convert, drop_tied_head, rules_from_foreign
 from .hub import save_code
 from .modeling_xlstm import xLSTMForCausalLM
 
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 __all__ = ["FORMATS", "Report", "cache_from_xlstm", "cache_to_xlstm", "convert_checkpoint", "native_shapes"]
 
@@ -123,8 +118,7 @@ def convert_checkpoint(
 
     Args:
         target: a directory that does not exist yet, or an empty one. Until the conversion is complete there is only
-            `<target>.partial`, which is removed if it fails, and replaced by the next run if the process was killed.
-            While one process writes it, another one is refused.
+            `<target>.partial-…`, which is removed if it fails, and by the next run if the process was killed.
         to: `"hf_xlstm"`, `"xlstm_large"` or `"xlstm"` (safetensors and `config.yaml`), or `"xlstm_wrapper"` (`xlstm`
             inside a Transformers model with remote code, which is not written).
         fused: write the weights of `xlstm_large` joined, as its `weight_mode="fused"` has them.
@@ -269,61 +263,6 @@ def shard_names(number: int, to: str) -> list[str]:
     if to == "xlstm_large":
         return [f"model_{n}.safetensors" for n in range(number)]
     return [f"model-{n + 1:05d}-of-{number:05d}.safetensors" for n in range(number)]
-
-
-@contextmanager
-def appearing(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory to fill, which gets its name at the end, or disappears after a failure.
-
-    The name until then is `<target>.partial`. The process that fills it holds a lock on it, which the system releases
-    when the process ends, however it ends: what a killed one has left is replaced.
-
-    Raises:
-        FileExistsError: the target exists and is not empty, or another process is writing it.
-        OSError: the disk has less than `nbytes` left.
-    """
-    _check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
-        raise OSError(f"{target} needs {nbytes:,} bytes, and the disk has {free:,} left.")
-    partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with _locked(partial, f"{target} is being written by another process."):
-        try:
-            _check_free(target)
-            for path in partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            yield partial
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists.")
-
-
-@contextmanager
-def _locked(directory: Path, message: str) -> Iterator[None]:
-    """Holds an exclusive lock on a directory. Raises FileExistsError with `message` if another process holds it."""
-    if fcntl is None:  # not on Windows, where nothing keeps two writers apart
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(handle), os.stat(directory))
-        except OSError as error:  # it is locked, or was finished before it could be
-            raise FileExistsError(message) from error
-        if not same:
-            raise FileExistsError(message)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_safetensors(

@@ -6,12 +6,14 @@ Transformers moves is this file. `hf_xlstm.versions` says which versions are tes
 """
 
 import copy
+import functools
 import inspect
 import json
 import os
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
 
 from .cache import xLSTMCache
@@ -78,31 +81,44 @@ def refuse_unknown(arguments: dict) -> None:
         )
 
 
-if CACHE_NAME == "cache":
-    ModelOutput, CausalLMOutput = BaseModelOutputWithPast, CausalLMOutputWithPast
-else:
+class _CacheNames:
+    """The names of the cache that outputs have from Transformers 5.24 on, beside `past_key_values`."""
 
-    class _CacheNames:
-        """The names of the cache that outputs have from Transformers 5.24 on, beside `past_key_values`."""
+    @property
+    def cache(self) -> xLSTMCache | None:
+        return self.past_key_values
 
-        @property
-        def cache(self) -> xLSTMCache | None:
-            return self.past_key_values
+    @property
+    def cache_params(self) -> xLSTMCache | None:
+        return self.past_key_values
 
-        @property
-        def cache_params(self) -> xLSTMCache | None:
-            return self.past_key_values
+    def __getitem__(self, key):
+        return super().__getitem__("past_key_values" if key in CACHE_NAMES else key)
 
-        def __getitem__(self, key):
-            return super().__getitem__("past_key_values" if key in CACHE_NAMES else key)
 
-    @dataclass
-    class ModelOutput(_CacheNames, BaseModelOutputWithPast):
-        """`BaseModelOutputWithPast` with the state as `.cache`, too."""
+@functools.cache
+def output_class(cls: type) -> type:
+    """The class of outputs `cls` with the state as `.cache` on every version of Transformers."""
+    if CACHE_NAME == "cache" or "past_key_values" not in cls.__dataclass_fields__:
+        return cls
+    return dataclass(type(cls.__name__, (_CacheNames, cls), {"__doc__": cls.__doc__}))
 
-    @dataclass
-    class CausalLMOutput(_CacheNames, CausalLMOutputWithPast):
-        """`CausalLMOutputWithPast` with the state as `.cache`, too."""
+
+ModelOutput = output_class(BaseModelOutputWithPast)
+CausalLMOutput = output_class(CausalLMOutputWithPast)
+
+
+def with_cache_name(function: Callable) -> Callable:
+    """`function`, which returns outputs, with the state as their `.cache` on every version of Transformers."""
+    if CACHE_NAME == "cache":
+        return function
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        outputs = function(*args, **kwargs)
+        return output_class(type(outputs))(**outputs) if isinstance(outputs, BaseOutput) else outputs
+
+    return wrapper
 
 
 INDEX = "model.safetensors.index.json"
@@ -299,7 +315,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        return super().generate(*args, **kwargs)
+        return with_cache_name(super().generate)(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, *args) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""

@@ -35,6 +35,7 @@ from .integration import (
     RecurrentGenerationMixin,
     one_cache,
     refuse_unknown,
+    with_cache_name,
 )
 from .layers import FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer
 from .linear import decoding, joint_linear
@@ -441,6 +442,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
     """An xLSTM with a linear classifier on the last token of each row that is not padding: logits (B, num_labels)."""
 
     base_model_prefix = "backbone"
+    forward = with_cache_name(GenericForSequenceClassification.forward)
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -454,6 +456,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
     """An xLSTM with a linear classifier on every token: logits (B, T, num_labels)."""
 
     base_model_prefix = "backbone"
+    forward = with_cache_name(GenericForTokenClassification.forward)
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForTokenClassification, self).__init__(config)
@@ -469,6 +472,7 @@ class xLSTMForQuestionAnswering(GenericForQuestionAnswering, xLSTMPreTrainedMode
     """An xLSTM that marks a span of its input: start_logits and end_logits (B, T)."""
 
     base_model_prefix = "backbone"
+    forward = with_cache_name(GenericForQuestionAnswering.forward)
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForQuestionAnswering, self).__init__(config)

@@ -142,13 +142,8 @@ def slstm(
         ValueError: shapes, dtypes or devices do not fit; the message names the argument.
     """
     check_slstm(gates, recurrent_weight, bias, sequence=True)
-    if (
-        initial_state is not None
-        and gates.shape[1] == 1
-        and mask is None
-        and cu_seqlens is None
-        and output_final_state
-    ):
+    one_token = gates.shape[1] == 1 and mask is None and cu_seqlens is None
+    if one_token and initial_state is not None and output_final_state:
         h, state = slstm_step(
             gates.squeeze(1), recurrent_weight, bias, initial_state, inplace=inplace, backend=backend
         )
