@@ -222,7 +222,9 @@ class LoadingMixin:
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
+        state_dict: dict | None = None,
         push_to_hub: bool = False,
+        *args,
         with_code: bool | None = None,
         **kwargs,
     ) -> None:
@@ -244,9 +246,7 @@ class LoadingMixin:
 
                 self.config.auto_map = save_code(save_directory)
             with weights_metadata(save_id=save_id):
-                super().save_pretrained(
-                    save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
-                )
+                super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
             self.config = live
 

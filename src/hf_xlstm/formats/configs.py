@@ -20,6 +20,16 @@ __all__ = [
 # Where a Transformers model keeps the configuration of the model of the `xlstm` package that it wraps.
 WRAPPED = ("_xlstm_config", "xlstm_cfg")
 
+# Fields of the `xlstm` package that a flat configuration cannot have, and what to use.
+INSTEAD = {
+    "mlstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "slstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "conv1d_kernel_size": "use `mlstm_conv_kernel_size` and `slstm_conv_kernel_size`",
+    "proj_factor": "use `mlstm_inner_dim` and `ffn_proj_factor`",
+    "round_proj_up_to_multiple_of": "use `mlstm_inner_dim` and `ffn_round_up_to_multiple_of`",
+    "recurrent_weight_init": "use `slstm_recurrent_init`",
+}
+
 
 def config_from_yaml(config: dict[str, Any]) -> dict[str, Any]:
     """Native fields from a `config.yaml` of the `xlstm` package, for either of its models.
@@ -256,17 +266,6 @@ def refuse_other_models(config, fields: dict[str, Any]) -> None:
     if not paper and (config.qk_dim % multiple or config.v_dim % multiple):
         widths = f"{config.qk_dim} and {config.v_dim}"
         raise ValueError(f"`mlstm_round_up_to_multiple_of`={multiple} does not divide `qk_dim` and `v_dim`, {widths}.")
-
-
-# Fields of the `xlstm` package that a flat configuration cannot have, and what to use.
-INSTEAD = {
-    "mlstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
-    "slstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
-    "conv1d_kernel_size": "use `mlstm_conv_kernel_size` and `slstm_conv_kernel_size`",
-    "proj_factor": "use `mlstm_inner_dim` and `ffn_proj_factor`",
-    "round_proj_up_to_multiple_of": "use `mlstm_inner_dim` and `ffn_round_up_to_multiple_of`",
-    "recurrent_weight_init": "use `slstm_recurrent_init`",
-}
 
 
 def _require_fields(config: dict[str, Any], names: tuple[str, ...]) -> None:
