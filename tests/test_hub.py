@@ -186,6 +186,7 @@ def test_code_is_written_only_to_be_shared(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "again")  # the call before has left no trace
     assert not code("again")
     model.register_for_auto_class()
+    model.config.register_for_auto_class()  # as people are told to do with code of their own
     model.save_pretrained(tmp_path / "registered")
     assert code("registered") == set(flat_modules())
     model.save_pretrained(tmp_path / "other", is_main_process=False)

@@ -249,6 +249,14 @@ class xLSTMConfig(PreTrainedConfig):
         self.layer_types = None if self.has_in_tree_class else self.layers_block_type
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing to do here: `register_for_auto_class` of a model class covers the configuration."""
+        try:
+            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+        except ImportError:
+            super().register_for_auto_class(auto_class)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in Transformers, but `auto_map` is written only where the code that it names is."""
         written = copy.deepcopy(self)
