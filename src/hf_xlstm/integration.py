@@ -161,7 +161,7 @@ def weights_metadata(**metadata: str):
         save_file = modeling_utils.safe_save_file
 
         def save_with_metadata(*args, **kwargs):
-            return save_file(*args, **kwargs | {"metadata": (kwargs.get("metadata") or {}) | metadata})
+            return save_file(*args, **kwargs | {"metadata": metadata | (kwargs.get("metadata") or {})})
 
         modeling_utils.safe_save_file = save_with_metadata
         try:
@@ -201,14 +201,17 @@ class LoadingMixin:
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Makes `save_pretrained` write the code along from now on, so that what it saves opens without this package.
 
-        One call covers the configuration and all model classes.
+        One call covers the configuration as well. Transformers copies the code of a class of your own, and of a copy of
+        this package beside a checkpoint.
         """
         try:
-            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+            from .hub import AUTO_MAP  # noqa: F401  not there in such a copy
+
+            cls._saves_code = cls.__module__.rpartition(".")[0] == __package__
         except ImportError:
-            super().register_for_auto_class(auto_class)  # Transformers copies the code of a copy by itself
-        else:
-            cls._saves_code = True
+            pass
+        if not cls._saves_code:
+            super().register_for_auto_class(auto_class)
 
     def push_to_hub(self, *args, **kwargs):
         """As in Transformers; the code is sent along."""
