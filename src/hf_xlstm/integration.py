@@ -201,8 +201,8 @@ class LoadingMixin:
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Makes `save_pretrained` write the code along from now on, so that what it saves opens without this package.
 
-        One call covers the configuration as well. Transformers copies the code of a class of your own, and of a copy of
-        this package beside a checkpoint.
+        One call covers the configuration as well. The code of a class of your own is copied by Transformers, and so is
+        that of a copy of this package beside a checkpoint.
         """
         try:
             from .hub import AUTO_MAP  # noqa: F401  not there in such a copy
