@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
@@ -182,7 +183,7 @@ def weights_metadata(**metadata: str):
         save_file = modeling_utils.safe_save_file
 
         def save_with_metadata(*args, **kwargs):
-            return save_file(*args, **kwargs | {"metadata": (kwargs.get("metadata") or {}) | metadata})
+            return save_file(*args, **kwargs | {"metadata": metadata | (kwargs.get("metadata") or {})})
 
         modeling_utils.safe_save_file = save_with_metadata
         try:
@@ -222,14 +223,17 @@ class LoadingMixin:
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Makes `save_pretrained` write the code along from now on, so that what it saves opens without this package.
 
-        One call covers the configuration and all model classes.
+        One call covers the configuration as well. The code of a class of your own is copied by Transformers, and so is
+        that of a copy of this package beside a checkpoint.
         """
         try:
-            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+            from .hub import AUTO_MAP  # noqa: F401  not there in such a copy
+
+            cls._saves_code = cls.__module__.rpartition(".")[0] == __package__
         except ImportError:
-            super().register_for_auto_class(auto_class)  # Transformers copies the code of a copy by itself
-        else:
-            cls._saves_code = True
+            pass
+        if not cls._saves_code:
+            super().register_for_auto_class(auto_class)
 
     def push_to_hub(self, *args, **kwargs):
         """As in Transformers; the code is sent along."""
@@ -243,7 +247,9 @@ class LoadingMixin:
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
+        state_dict: dict | None = None,
         push_to_hub: bool = False,
+        *args,
         with_code: bool | None = None,
         **kwargs,
     ) -> None:
@@ -257,7 +263,7 @@ class LoadingMixin:
         if with_code is None:
             with_code = push_to_hub or self._saves_code
         live, save_id = self.config, uuid.uuid4().hex
-        self.config = copy.copy(live)
+        self.config = copy.deepcopy(live)  # in which Transformers, too, writes dtype, class and the like
         self.config.save_id = save_id
         try:
             if with_code and self._auto_class is None and self.should_save_on_this_rank(is_main_process):
@@ -265,9 +271,7 @@ class LoadingMixin:
 
                 self.config.auto_map = save_code(save_directory)
             with weights_metadata(save_id=save_id):
-                super().save_pretrained(
-                    save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
-                )
+                super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
             self.config = live
 
@@ -283,6 +287,8 @@ class LoadingMixin:
             files = TensorFiles(checkpoint_files)
             files.check_save(save_id)
             state_dict = model._tensors_from_foreign(files)
+            if state_dict is not None and is_deepspeed_zero3_enabled():  # which takes tensors only
+                state_dict = {name: x[...] for name, x in state_dict.items()}
         load = PreTrainedModel._load_pretrained_model
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if checkpoint_files:
