@@ -32,7 +32,7 @@ class GPU(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device) -> "GPU":
-        if device.type != "cuda":  # interpreted, or recorded by benchmarks/kernel_resources.py
+        if device.type != "cuda":  # interpreted, or recorded by benchmarks/gpu/kernel_resources.py
             return cls(False, 132)
         properties = torch.cuda.get_device_properties(device)
         return cls(torch.version.hip is None and properties.major == 9, properties.multi_processor_count)
@@ -52,7 +52,7 @@ def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
     that only for head dims whose rows it can load 16 bytes at a time.
 
     No block depends on B and T: one compilation serves all lengths. What each choice takes in registers and in shared
-    memory is what benchmarks/kernel_resources.py reports.
+    memory is what benchmarks/gpu/kernel_resources.py reports.
     """
     K, V = q.shape[-1], v.shape[-1]
     aligned = K % 16 == V % 16 == 0

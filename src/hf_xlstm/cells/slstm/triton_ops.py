@@ -46,7 +46,7 @@ def generation(device: torch.device) -> int:
 
 def plan(D: int, dtype: torch.dtype, generation: int) -> Blocks:
     """Nothing depends on T or on the batch size. What each choice takes in registers and in shared memory is what
-    benchmarks/kernel_resources.py reports. Of the GPUs whose shared memory holds a head of 128, only Hopper computes
+    benchmarks/gpu/kernel_resources.py reports. Of the GPUs whose shared memory holds a head of 128, only Hopper computes
     it without spilling.
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
