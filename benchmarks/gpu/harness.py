@@ -1,114 +1,76 @@
-"""What the GPU benchmarks share: the loop over measurements, timing, memory, and the header of a results file."""
+"""What the GPU benchmarks share: what a measurement is, timing, memory, and where it all ran. prove.py runs them."""
 
-import argparse
 import gc
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 from transformers import PreTrainedModel
-from transformers.utils import is_xlstm_available
+
+from benchmarks import provenance
 
 
-DEVICE = "cuda"
-OURS = "hf_xlstm"
-# The in-tree xLSTM runs plain PyTorch by itself, and these kernels where the `xlstm` package is installed.
-IN_TREE_KERNELS = {
-    "chunkwise_kernel": "chunkwise--triton_xl_chunk",
-    "sequence_kernel": "native_sequence__triton",
-    "step_kernel": "triton",
-}
+DEVICE = "cuda"  # "cpu" in a rehearsal, "meta" where launches are only recorded
 
 
-def in_tree_kernels() -> dict[str, str]:
-    return IN_TREE_KERNELS if is_xlstm_available() else {}
+class Job(NamedTuple):
+    """A measurement: what it is called, the function that gives its numbers or raises, and patterns of the ids of the
+    rows without which it makes no sense."""
+
+    name: dict[str, str | int]
+    run: Callable[[], dict]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return "/".join(str(x) if isinstance(x, str) else f"{key}={x}" for key, x in self.name.items())
+
+
+Jobs = Iterator[Job]
+
+
+class Model:
+    """A model that is built when a measurement asks for it, and makes place for the next: there is one at a time."""
+
+    current: "Model | None" = None
+
+    def __init__(self, build: Callable[[], PreTrainedModel]):
+        self.build, self.model, self.error = build, None, None
+
+    def __call__(self) -> PreTrainedModel:
+        if Model.current not in (None, self):
+            Model.current.model = None
+            torch.compiler.reset()  # what is compiled keeps its model alive
+            gc.collect()
+            torch.cuda.empty_cache()
+        Model.current = self
+        if self.error is not None:
+            raise RuntimeError(f"The model could not be built: {self.error}")
+        if self.model is None:
+            try:
+                self.model = self.build()
+            except Exception as error:
+                self.error = str(error)
+                raise
+        return self.model
 
 
 def environment() -> dict[str, str]:
     """Everything needed to run the same thing again."""
     packages = ("torch", "triton", "transformers", "xlstm", "mlstm-kernels", "flash-linear-attention")
-    return {
-        "device": torch.cuda.get_device_name(),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": _commit(),
-        "python": platform.python_version(),
-    } | {name: _version(name) for name in packages}
+    device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "driver": driver()}
+    return device | provenance.versions(*packages) | {"commit": provenance.commit()}
 
 
-def _commit() -> str:
-    """COMMIT says it where the sources have come without their history."""
+def driver() -> str:
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return os.environ.get("COMMIT", "unknown")
-    return git.stdout.strip() or os.environ.get("COMMIT", "unknown")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-# A measurement: what it is called, and the function that gives its numbers.
-Job = tuple[dict, Callable[[], dict]]
-
-
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--minutes", type=float, default=8, help="start no measurement after this long (%(default)s)")
-    return parser
-
-
-def measure(jobs: Iterable[Job], args: argparse.Namespace) -> int:
-    """Prints and writes row by row. A failure is a row too and stops nothing; returns 1 if one of ours failed."""
-    rows, deadline = [], time.monotonic() + args.minutes * 60
-    for name, job in jobs:
-        if time.monotonic() > deadline:
-            row = name | {"skipped": "out of time"}
-        else:
-            try:
-                row = name | job()
-            except Exception as error:
-                row = name | {"failed": f"{type(error).__name__}: {error}"[:300]}
-        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-        rows.append(row)
-        write_results(args.json, rows)  # what was measured survives an interruption
-    return int(any("failed" in row and any(str(x).startswith(OURS) for x in row.values()) for row in rows))
-
-
-def model_jobs(name: dict, build: Callable[[], PreTrainedModel], jobs: Callable[[PreTrainedModel], Iterator[Job]]):
-    """Loading a model is a measurement too; the others follow only if it could be built."""
-    models = []
-
-    def load() -> dict:
-        torch.compiler.reset()  # what is compiled keeps its model alive
-        gc.collect()
-        torch.cuda.empty_cache()
-        models.append(build())
-        return {"parameters": sum(p.numel() for p in models[0].parameters())}
-
-    yield name | {"measure": "load"}, load
-    if models:
-        for row, job in jobs(models.pop()):
-            yield name | row, job
-
-
-def write_results(path: Path | None, rows: list[dict]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def milliseconds(function: Callable[[], object], leaves: list[torch.Tensor] | None = None) -> float:
