@@ -23,6 +23,7 @@ SIZE = {"vocab_size": 50_304, "hidden_size": 4096, "num_hidden_layers": 32, "num
 PROMPTS = [16_384, 2048, 65_536]
 DECODE = [(1, 128), (8, 128), (1, 16_384), (64, 128)]  # batch, context
 NEW_TOKENS = 128
+CHECKED = (80, 8)  # tokens, and how many of them are read one after another
 MODELS = (HF_XLSTM, IN_TREE, "llama")  # Llama has the sizes of Llama 2 7B within a percent, and this vocabulary
 COMPILED = (HF_XLSTM, "llama")
 
@@ -36,11 +37,12 @@ def check() -> dict:
     """Relative error of stepwise logits, of two layers as wide as the model's, in float32."""
     sizes = SIZE | {"num_hidden_layers": 2}
     model = peers.build(HF_XLSTM, **sizes, dtype=torch.float32, device=harness.DEVICE, backend="triton")
-    tokens = torch.randint(SIZE["vocab_size"], (2, 80), device=harness.DEVICE)
-    expected = model(tokens).logits[:, -8:]
+    length, last = CHECKED
+    tokens = torch.randint(SIZE["vocab_size"], (2, length), device=harness.DEVICE)
+    expected = model(tokens).logits[:, -last:]
     cache = {peers.cache_argument(HF_XLSTM): xLSTMCache(model.config)}
-    model(tokens[:, :-8], **cache)
-    steps = [model(tokens[:, t : t + 1], **cache).logits for t in range(72, 80)]
+    model(tokens[:, :-last], **cache)
+    steps = [model(tokens[:, t : t + 1], **cache).logits for t in range(length - last, length)]
     error = relative_error(torch.cat(steps, dim=1), expected)
     if not error < 1e-3:
         raise ValueError(f"wrong result: logits are off by {error:.1e}")

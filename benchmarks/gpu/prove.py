@@ -28,13 +28,13 @@ import time
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.gpu.report import outcome, summary
+from benchmarks.gpu.steps import POISONED, STEPS
+
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # `benchmarks` is a package of the checkout
-
-from benchmarks.gpu.report import outcome, summary  # noqa: E402
-from benchmarks.gpu.steps import POISONED, STEPS  # noqa: E402
-
-
 GRACE = 10  # seconds for what runs when its step is over
 START = 120  # seconds for a worker to import what it needs
 
@@ -55,7 +55,7 @@ class Ledger:
     """The rows in a file to which they are only ever added. A later row of an id replaces the earlier one."""
 
     def __init__(self, path: Path):
-        self.path, self.rows, self.environments = path, {}, {}
+        self.path, self.rows, self.environments, self.added = path, {}, {}, set()
         self.source, self.environment = source_of_kernels(), None
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):  # a line cut short when the machine went away
@@ -90,10 +90,15 @@ class Ledger:
     def current(self) -> dict[str, dict]:
         return {id: row for (environment, id), row in self.rows.items() if environment == self.environment}
 
+    def contents(self) -> tuple[str, dict[str, str], dict[str, dict]]:
+        """Source of the kernels, where they ran, and the rows by id."""
+        return self.source, self.environments.get(self.environment, {}), self.current()
+
     def known(self, retry: bool) -> list[str]:
-        """Ids that need no measurement. What was skipped for want of time or of another row is not known."""
+        """Ids that need no measurement. What was skipped for want of time or of another row is not known, nor is, to
+        `retry`, what failed in an earlier run."""
         known = {id: row for id, row in self.current().items() if "skipped" not in row and row["step"] != "prefill"}
-        return [id for id, row in known.items() if not (retry and "failed" in row)]
+        return [id for id, row in known.items() if id in self.added or not (retry and "failed" in row)]
 
     def failed(self) -> list[str]:
         return [id for id, row in self.current().items() if "failed" in row]
@@ -255,15 +260,12 @@ def main() -> int:
         supervisor.run()
     finally:
         supervisor.drop()
-        ledger = supervisor.ledger
-        rows = [*ledger.current().values()]
-        results = {"source": ledger.source, "environment": ledger.environments.get(ledger.environment), "rows": rows}
+        source, environment, rows = supervisor.ledger.contents()
+        results = {"source": source, "environment": environment, "rows": [*rows.values()]}
         (args.out / "prove.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.out / "summary.md").write_text(
-            summary(ledger.source, ledger.environments.get(ledger.environment, {}), ledger.current())
-        )
+        (args.out / "summary.md").write_text(summary(source, environment, rows))
         print((args.out / "summary.md").read_text())
-    return int(any("failed" in row for row in rows))
+    return int(any("failed" in row for row in rows.values()))
 
 
 if __name__ == "__main__":

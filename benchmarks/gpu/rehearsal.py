@@ -20,16 +20,23 @@ from benchmarks.gpu import generation, harness, ops, smoke, training
 
 
 FAULTS = ("fail", "hang", "wrong", "crash")
-LENGTHS = [17, 34]
+MODEL = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2}
 SIZES = {
-    smoke: {"MLSTM_SHAPES": [(1, 20, 1, 16, 32)], "SLSTM_SHAPES": [(1, 5, 2, 16)]}
-    | {"MODEL": {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2}},
-    ops: {"TOKENS": 68, "LENGTHS": LENGTHS, "SHAPES": [(2, 16, 32)], "STEP_BATCHES": [2], "L2_BYTES": 1e4}
-    | {"ATTENTION_SHAPE": (2, 16), "SLSTM_SHAPES": [(2, 9, 16), (1, 5, 72)], "SLSTM_LAYERS": 2}
-    | {"SLSTM_STEP_SHAPES": [(2, 16)]},
-    generation: {"PROMPTS": LENGTHS[:1], "DECODE": [(1, 8), (2, 8)], "NEW_TOKENS": 2}
-    | {"SIZE": {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2}},
-    training: {"VOCAB": 64, "TOKENS": 34, "LENGTHS": LENGTHS[:1], "SIZES": {"tiny": (64, 2, 2)}, "CHECKED": (64, 65)},
+    smoke: {"MLSTM_SHAPES": [(1, 20, 1, 16, 32)], "SLSTM_SHAPES": [(1, 3, 1, 16)], "MODEL": MODEL},
+    ops: {
+        "TOKENS": 18,
+        "LENGTHS": [18],
+        "SHAPES": [(1, 16, 16)],
+        "STEP_BATCHES": [1],
+        "L2_BYTES": 1e3,
+        "ATTENTION_SHAPE": (1, 16),
+        "SLSTM_HEADS": 1,
+        "SLSTM_SHAPES": [(1, 3, 16), (1, 2, 72)],  # the head dims take different kernels
+        "SLSTM_STEP_SHAPES": [(1, 16)],
+        "SLSTM_LAYERS": 1,
+    },
+    generation: {"SIZE": MODEL, "PROMPTS": [9], "DECODE": [(1, 8), (2, 8)], "NEW_TOKENS": 2, "CHECKED": (12, 2)},
+    training: {"VOCAB": 32, "TOKENS": 17, "LENGTHS": [17], "SIZES": {"tiny": (32, 2, 1)}, "CHECKED": (32, 18)},
 }
 
 

@@ -111,15 +111,11 @@ TARGETS = [
 ]
 
 
-def summary(ledger: Ledger) -> str:
-    rows, values = ledger.current(), ledger.environments.get(ledger.environment, {})
-    lines = ["# Kernels on a GPU", "", ", ".join(f"{name} {value}" for name, value in values.items()) + ","]
-    lines += [
-        f"source of the kernels {ledger.source}.",
-        "",
-        "| step | rows | failed | skipped | kernels found | compiled |",
-    ]
-    lines += ["|---" + "|---:" * 5 + "|"]
+def summary(source: str, environment: dict[str, str], rows: dict[str, dict]) -> str:
+    """Markdown: failures first, then the targets, then all rows."""
+    where = ", ".join(f"{name} {value}" for name, value in environment.items())
+    lines = ["# Kernels on a GPU", "", f"{where}, source of the kernels {source}.", ""]
+    lines += ["| step | rows | failed | skipped | kernels found | compiled |", "|---" + "|---:" * 5 + "|"]
     for step in STEPS:
         of_step = [row for row in rows.values() if row["step"] == step]
         counts = [len(of_step), *(sum(kind in row for row in of_step) for kind in ("failed", "skipped"))]

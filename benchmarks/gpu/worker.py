@@ -20,11 +20,11 @@ import torch
 import triton
 
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # `benchmarks` is a package of the checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package of the checkout
 
 from benchmarks.gpu import generation, harness, ops, smoke, training
 from benchmarks.gpu.steps import POISONED
+from benchmarks.provenance import ROOT
 
 
 def work(args: argparse.Namespace) -> int:
