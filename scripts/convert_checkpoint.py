@@ -1,4 +1,4 @@
-"""Convert a checkpoint of another xLSTM implementation to this package's format, or back; see docs/checkpoints.md."""
+"""Converts a checkpoint of another xLSTM implementation to the format of this package, or back."""
 
 import argparse
 import sys
@@ -10,12 +10,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="directory with the weights and config.json or config.yaml")
     parser.add_argument("target", help="directory to write, which must not exist")
-    parser.add_argument("--to", choices=FORMATS, default="hf_xlstm", help="default: %(default)s")
-    parser.add_argument("--fused", action="store_true", help="xlstm_large: with weight_mode fused")
-    parser.add_argument("--slstm-backend", choices=["vanilla", "cuda"], default="vanilla", help="xlstm: for which one")
-    parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="default: %(default)s")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
+    parser.add_argument("--to", choices=FORMATS, default="hf_xlstm", help="format to write (default: %(default)s)")
+    parser.add_argument("--fused", action="store_true", help="for xlstm_large: write weight_mode fused")
+    parser.add_argument(
+        "--slstm-backend",
+        choices=["vanilla", "cuda"],
+        default="vanilla",
+        help="for xlstm: backend to arrange sLSTM weights for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5, metavar="GB", help="size of a file at most (default: %(default)s)"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of the result with the source")
     args = parser.parse_args()
+    if not args.max_shard_size > 0:
+        parser.error(f"--max-shard-size must be positive, got {args.max_shard_size}")
     try:
         report = convert_checkpoint(
             args.source,
@@ -27,7 +36,8 @@ def main() -> None:
             verify=not args.no_verify,
         )
     except (OSError, ValueError) as error:
-        sys.exit(f"convert_checkpoint.py: {error}")
+        print(f"convert_checkpoint.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     print(f"{args.target}: {report}")
 
 

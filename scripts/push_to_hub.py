@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -76,13 +77,23 @@ def eval_result(result: dict) -> EvalResult:
     )
 
 
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
 def prepare(run: Path, directory: Path, repo_id: str, license: str, language: str) -> ModelCard:
     """Lays out in `directory` what is to be published: of the run, only what belongs into a repository."""
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(run / "metrics.json")
     measured = run / "evaluation.json"
-    evaluation = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else []
+    evaluation = read_json(measured) if measured.exists() else []
     model = AutoModelForCausalLM.from_pretrained(run)
-    card = model_card(model, metrics, evaluation, repo_id, license, language)
+    try:
+        card = model_card(model, metrics, evaluation, repo_id, license, language)
+    except KeyError as error:
+        raise ValueError(f"metrics.json or evaluation.json in {run} lacks {error}.") from error
     save_self_contained(model, directory, AutoTokenizer.from_pretrained(run), card=str(card))
     for file in run.glob("*.json"):
         if file.name in ("metrics.json", "evaluation.json"):
@@ -100,7 +111,17 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--dry-run", action="store_true", help="send nothing, show the files and the card")
     args = parser.parse_args()
+    if not args.run.is_dir():
+        parser.error(f"{args.run} is not a directory")
+    try:
+        publish(args)
+    except (OSError, ValueError) as error:
+        print(f"push_to_hub.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
+
+def publish(args: argparse.Namespace) -> None:
+    """Sends what `prepare` lays out, or shows it."""
     with tempfile.TemporaryDirectory() as folder:
         card = prepare(args.run, Path(folder), args.repo_id, args.license, args.language)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

@@ -19,7 +19,7 @@ from hf_xlstm import xLSTMCache
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
 
 from benchmarks.cpu.harness import DTYPES, Measure, build, main, random_tokens
-from benchmarks.peers import HF_XLSTM, cache_argument
+from benchmarks.peers import HF_XLSTM
 from benchmarks.provenance import seconds, significant
 
 
@@ -35,7 +35,7 @@ def measure(size: str, dtype: str, length: int, args: argparse.Namespace) -> dic
 
     def run() -> None:
         state = cache if length == 1 else xLSTMCache(model.config)
-        model(ids, logits_to_keep=1, **{cache_argument(HF_XLSTM): state})
+        model(ids, cache=state, logits_to_keep=1)
 
     seconds(run, STEPS if length == 1 else 2)
     calls = STEPS if length == 1 else 3

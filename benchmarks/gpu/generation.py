@@ -40,9 +40,9 @@ def check() -> dict:
     length, last = CHECKED
     tokens = torch.randint(SIZE["vocab_size"], (2, length), device=harness.DEVICE)
     expected = model(tokens).logits[:, -last:]
-    cache = {peers.cache_argument(HF_XLSTM): xLSTMCache(model.config)}
-    model(tokens[:, :-last], **cache)
-    steps = [model(tokens[:, t : t + 1], **cache).logits for t in range(length - last, length)]
+    cache = xLSTMCache(model.config)
+    model(tokens[:, :-last], cache=cache)
+    steps = [model(tokens[:, t : t + 1], cache=cache).logits for t in range(length - last, length)]
     error = relative_error(torch.cat(steps, dim=1), expected)
     if not error < 1e-3:
         raise ValueError(f"wrong result: logits are off by {error:.1e}")

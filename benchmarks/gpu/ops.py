@@ -25,8 +25,9 @@ from benchmarks.gpu import harness
 from benchmarks.gpu.harness import Job, Jobs, milliseconds, milliseconds_cold_allocator, peak_gigabytes
 from benchmarks.peers import HF_XLSTM
 from benchmarks.provenance import relative_error
+from hf_xlstm.cells import triton_common
 from hf_xlstm.cells.mlstm import triton_launch as launch
-from hf_xlstm.cells.mlstm import triton_ops as mlstm_triton
+from hf_xlstm.cells.mlstm import triton_ops
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
@@ -51,12 +52,22 @@ SLSTM_BOUNDS = {"h": 1e-2, "gates": 3e-2, "recurrent_weight": 3e-2, "bias": 3e-2
 
 # What the launch plan decides, decided otherwise: module, name, value.
 VARIANTS = {
-    "chunks of 64": (launch.GPU, "of", lambda device: launch.GPU(hopper=False, processors=132)),
-    "C in memory": (launch, "fused_plan", lambda *_: None),
-    "C on chip, however few the sequences": (launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=1)),
-    "saved states": (mlstm_triton, "SAVE_STATES", True),
-    "no segments": (launch, "MIN_SEGMENTS", 10**9),
-    "two segments or more": (launch, "MIN_SEGMENTS", 2),
+    "chunks of 64": (triton_common.GPU, "of", lambda device: triton_common.GPU(major=8, processors=132)),
+    "C in memory": (launch, "on_chip_plan", lambda *_: None),
+    "C on chip, however few the sequences": (
+        triton_common.GPU,
+        "of",
+        lambda device: triton_common.GPU(major=9, processors=1),
+    ),
+    "saved states": (triton_common, "save_states", lambda: True),
+    "no spans": (launch, "MIN_SPANS", 10**9),
+    "two spans or more": (launch, "MIN_SPANS", 2),
+}
+SHORT_LENGTHS = [16, 64]
+SHORT_VARIANTS = {  # the same of sequences so short that they may be read token by token
+    "as planned": (triton_ops, "MAX_RECURRENT", triton_ops.MAX_RECURRENT),
+    "recurrent up to 64 tokens": (triton_ops, "MAX_RECURRENT", 64),
+    "never recurrent": (triton_ops, "MAX_RECURRENT", 0),
 }
 
 Inputs = dict[str, torch.Tensor]
@@ -165,19 +176,26 @@ def copy_bandwidth() -> dict[str, float]:
 
 def variant_jobs() -> Jobs:
     """What the launch plan decides, decided otherwise."""
-    for variant, (module, attribute, value) in VARIANTS.items():
-        for job in sequence_jobs({HF_XLSTM: native}):
-
-            def run(job=job, module=module, attribute=attribute, value=value) -> dict:
-                with mock.patch.object(module, attribute, value):
-                    return job.run()
-
-            yield Job(job.name | {"variant": variant}, run, job.needs)
+    for variants, lengths in ((VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)):
+        for variant, replacement in variants.items():
+            for job in sequence_jobs({HF_XLSTM: native}, lengths=lengths):
+                yield Job(
+                    job.name | {"variant": variant}, functools.partial(run_variant, job, *replacement), job.needs
+                )
 
 
-def sequence_jobs(contestants: dict[str, Callable], for_first_shape: dict[str, Callable] | None = None) -> Jobs:
+def run_variant(job: Job, module: object, name: str, value: object) -> dict:
+    with mock.patch.object(module, name, value):
+        return job.run()
+
+
+def sequence_jobs(
+    contestants: dict[str, Callable],
+    for_first_shape: dict[str, Callable] | None = None,
+    lengths: list[int] | None = None,
+) -> Jobs:
     for H, K, V in SHAPES:
-        for S in LENGTHS:
+        for S in lengths or LENGTHS:
             for kernel, make in (contestants | (for_first_shape or {} if SHAPES[0] == (H, K, V) else {})).items():
                 name = {"op": "sequence", "kernel": kernel, "H": H, "K": K, "V": V, "S": S}
                 needs = ("smoke/mlstm/*ward/bfloat16",) if make is native else ()

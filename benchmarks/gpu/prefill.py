@@ -158,7 +158,6 @@ def hopper_on_meta() -> Iterator[None]:
 
     from benchmarks.gpu import harness
     from hf_xlstm.cells import triton_common
-    from hf_xlstm.cells.mlstm import triton_launch
     from hf_xlstm.cells.mlstm import triton_ops as mlstm_triton
     from hf_xlstm.cells.slstm import triton_ops as slstm_triton
 
@@ -184,9 +183,8 @@ def hopper_on_meta() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for operator in operators:
             stack.enter_context(mock.patch.object(operator, "_abstract_fn", operator._init_fn))
-        gpu = triton_launch.GPU(hopper=True, processors=PROCESSORS)
-        stack.enter_context(mock.patch.object(triton_launch.GPU, "of", value_of(gpu)))
-        stack.enter_context(mock.patch.object(slstm_triton, "generation", value_of(9)))
+        gpu = triton_common.GPU(major=TARGET.arch // 10, processors=PROCESSORS)
+        stack.enter_context(mock.patch.object(triton_common.GPU, "of", value_of(gpu)))
         stack.enter_context(mock.patch.object(triton_common, "unsupported_reason", value_of(None)))
         for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
             stack.enter_context(mock.patch.object(torch.cuda, name, value_of(None)))
@@ -256,14 +254,13 @@ def generate(model, batch_size: int, length: int) -> None:
     """A prompt and two tokens. The second goes the way of all others."""
     import torch
 
-    from benchmarks.peers import HF_XLSTM, cache_argument
     from hf_xlstm import xLSTMCache
 
     with torch.no_grad():
         cache = xLSTMCache(model.config)
         for n in (length, 1, 1):
             ids = torch.zeros(batch_size, n, dtype=torch.long, device="meta")
-            model(ids, use_cache=True, **{cache_argument(HF_XLSTM): cache})
+            model(ids, use_cache=True, cache=cache)
 
 
 def models() -> None:

@@ -26,6 +26,7 @@ SIZES = {
     ops: {
         "TOKENS": 18,
         "LENGTHS": [18],
+        "SHORT_LENGTHS": [9],
         "SHAPES": [(1, 16, 16)],
         "STEP_BATCHES": [1],
         "L2_BYTES": 1e3,
