@@ -223,7 +223,7 @@ def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]
     )
     parser.add_argument("--output", type=Path, help=f"default: results/{name}-cpu.json; another machine: another file")
     args = parser.parse_args()
-    selected = {row: measure for row, measure in rows(args.quick).items() if any(fnmatch(row, x) for x in args.only)}
+    selected = select(rows(args.quick), args.only)
     if not selected:
         parser.error(f"no row matches {' '.join(args.only)}; --list shows them")
     if args.list:
@@ -238,6 +238,10 @@ def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]
         if output:
             merge(output, row, result)
         gc.collect()
+
+
+def select(rows: dict[str, Measure], patterns: list[str]) -> dict[str, Measure]:
+    return {row: measure for row, measure in rows.items() if any(fnmatch(row, pattern) for pattern in patterns)}
 
 
 def merge(path: Path, row: str, result: dict) -> None:

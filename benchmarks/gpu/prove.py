@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import queue
 import signal
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 
@@ -110,9 +112,10 @@ class Worker:
     def __init__(self, args: argparse.Namespace):
         flags = ["--dry-run"] if args.dry_run else []
         flags += [flag for fault in args.fault for flag in ("--fault", fault)]
+        wheels = args.out.resolve() / "wheels"
         environment = os.environ | {
             "TRITON_CACHE_DIR": str(args.out.resolve() / "triton"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "src", ROOT, wheels, os.environ.get("PYTHONPATH", "")])),
             "TRITON_INTERPRET": "1" if args.dry_run else "0",
             "HF_HUB_OFFLINE": "1",
         }
@@ -132,7 +135,8 @@ class Worker:
 
     def read(self) -> None:
         for line in self.process.stdout:
-            self.messages.put(json.loads(line))
+            with contextlib.suppress(json.JSONDecodeError):  # cut short by its death
+                self.messages.put(json.loads(line))
         self.messages.put(None)
 
     def send(self, order: dict) -> None:
@@ -159,7 +163,8 @@ class Supervisor:
 
     def run(self) -> None:
         for name in self.args.steps:
-            deadline = min(time.monotonic() + STEPS[name].seconds, self.end)
+            limit = math.inf if self.args.dry_run else STEPS[name].seconds
+            deadline = min(time.monotonic() + limit, self.end)
             print(f"--- {name}, {deadline - time.monotonic():.0f} s", flush=True)
             while time.monotonic() < deadline and not self.attempt(name, deadline):
                 pass
@@ -247,6 +252,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows, e.g. 'ops/*/hf_xlstm/*'")
     parser.add_argument("--retry", action="store_true", help="measure again what has failed")
     parser.add_argument("--row-seconds", type=float, help="the limit of a row, instead of its step's")
+    parser.add_argument("--wheels", type=Path, help="a folder of pure Python wheels, for the baselines")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter; needs no GPU")
     parser.add_argument(
         "--fault", action="append", default=[], metavar="PATTERN=KIND", help="in rehearsal: fail, hang, wrong or crash"
@@ -255,6 +261,8 @@ def main() -> int:
     if args.fault and not args.dry_run:
         parser.error("--fault is for --dry-run")
     args.out.mkdir(parents=True, exist_ok=True)
+    for wheel in args.wheels.glob("*.whl") if args.wheels else ():
+        zipfile.ZipFile(wheel).extractall(args.out / "wheels")
     supervisor = Supervisor(args)
     try:
         supervisor.run()

@@ -85,6 +85,8 @@ def work(args: argparse.Namespace) -> int:
                 with fault_of(id, args.fault):
                     result = job.run()
                 row |= {"result": rehearsal.without_times(result) if args.dry_run else result}
+            except ModuleNotFoundError as error:
+                row |= {"skipped": f"{error.name} is not installed"}
             except Exception as error:
                 failed.add(id)
                 row |= failure(error)
