@@ -70,13 +70,13 @@ def test_broken_kernels_and_the_run_after(tmp_path):
     }
     arguments = ["--steps", "smoke", "ops", "--only", "smoke/*/bfloat16", "ops/*step/hf_xlstm/*", "ops/copy/*"]
     broken = [flag for id, kind in faults.items() for flag in ("--fault", f"{id}={kind}")]
-    code, rows = rehearse(tmp_path, *arguments, *broken, "--row-seconds", "60")
+    code, rows = rehearse(tmp_path, *arguments, *broken, "--row-seconds", "50")
     assert code == 1
     assert {id for id, row in rows.items() if "failed" in row} == faults.keys()
     failed = [rows[id]["failed"] for id in faults]
     assert "broken on purpose" in failed[0] and "kernel" in rows["smoke/mlstm/forward/bfloat16"]
     assert rows["smoke/mlstm/forward/bfloat16"]["at"].startswith("triton_launch.py:")
-    assert failed[1].startswith("no result after 60 s")
+    assert failed[1].startswith("no result after 50 s")
     assert failed[2] == "the process died: SIGSEGV"
     assert failed[3].startswith("ValueError: wrong result")
     assert "result" in rows["smoke/mlstm/backward/bfloat16"] and "result" in rows["smoke/slstm/backward/bfloat16"]

@@ -217,10 +217,10 @@ class Supervisor:
         return self.args.row_seconds or STEPS[step].row_seconds
 
     def too_long(self, step: str, running: dict, last: float) -> bool:
-        now = time.monotonic()
+        now, limit = time.monotonic(), self.row_seconds(step)
         for row, begun in running.values():
-            if now - begun >= self.row_seconds(step):
-                self.add(row | {"failed": f"no result after {now - begun:.0f} s: it hangs", "seconds": now - begun})
+            if now - begun >= limit:
+                self.add(row | {"failed": f"no result after {limit:g} s: it hangs, or takes too long"})
             elif now >= last:
                 self.add(row | {"skipped": "out of time"})
         return now >= last
