@@ -118,6 +118,8 @@ def test_another_source_is_measured_again(tmp_path, monkeypatch):
     assert ledger("a").known(retry=True) == ["ops/x"] and ledger("a").failed() == ["ops/y"]
     assert ledger("b").known(retry=False) == ledger("a", "H200").known(retry=False) == []
     assert first.known(retry=True) == ["ops/x", "ops/y"]  # this run has tried it
+    ledger("a").add({"id": "ops/u", "step": "ops", "name": {}, "result": {}})
+    assert ledger("a").known(retry=True) == ["ops/x", "ops/u"]
 
 
 def test_source_of_kernels(tmp_path, monkeypatch):

@@ -7,8 +7,9 @@
 the launchers are left to the GPU's machine. `same`, there, says whether its Triton is the one that the constants below
 describe.
 
-The work runs as it is, on tensors without memory (device "meta") and a driver that launches nothing. What Triton's keys
-depend on is in benchmarks/README.md. Written for triton 3.6.0: what it takes from Triton is not public.
+The work runs as it is, on tensors without memory (device "meta") and a driver that launches nothing. What decides
+whether Triton finds a kernel is in benchmarks/README.md. Written for triton 3.6.0: what it takes from Triton is not
+public.
 """
 
 import argparse

@@ -59,9 +59,12 @@ class Ledger:
     def __init__(self, path: Path):
         self.path, self.rows, self.environments, self.added = path, {}, {}, set()
         self.source, self.environment = source_of_kernels(), None
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short when the machine went away
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut short when the machine went away
                 self.take(json.loads(line))
+        if text and not text.endswith("\n"):
+            path.write_text(text + "\n")
 
     def take(self, record: dict) -> None:
         if "values" in record:
@@ -205,6 +208,8 @@ class Supervisor:
                 code = self.drop()
                 return self.died(step, running, code, progress)
             if "finished" in message:
+                if "failed" in self.ledger.current().get(step, {}) and step not in self.ledger.added:
+                    self.add({"id": step, "step": step, "name": {}, "result": {"outcome": "finished"}})
                 return True
             if "begin" in message:
                 progress = True
