@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
 
 import hf_xlstm  # noqa: F401  (registers xLSTM with the Auto classes)
-from report import markdown_table
+from helpers.report import markdown_table
 
 
 PREFILL_WINDOW = 512  # tokens per forward pass while reading a context, which bounds the memory of prefill

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_xlstm  # noqa: F401  registers the model
+from helpers.report import markdown_table, results_table
 from hf_xlstm.hub import describe, save_self_contained
-from report import markdown_table, results_table
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
@@ -29,7 +29,7 @@ def model_card(
 
     Args:
         metrics: what train.py wrote about its training, its data and its evaluation.
-        evaluation: what evaluate.py wrote, empty if it was not used.
+        evaluation: what eval.py wrote, empty if it was not used.
         license, language: of the weights and of the text, by their names on the Hub.
     """
     name = repo_id.split("/")[-1]

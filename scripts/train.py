@@ -24,11 +24,11 @@ from transformers import (
     set_seed,
 )
 
-from corpus import Corpus, num_bytes, state_of_the_union, text_files
-from evaluation import bits_per_byte
+from helpers.bits_per_byte import bits_per_byte
+from helpers.corpus import Corpus, num_bytes, state_of_the_union, text_files
+from helpers.report import plot_loss_curve, write_report
+from helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
-from report import plot_loss_curve, write_report
-from yardsticks import ByteNGram, lzma_bits_per_byte
 
 
 WARMUP = 0.05  # share of the time in which the learning rate rises
@@ -238,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "evaluation.json").unlink(missing_ok=True)  # by evaluate.py, of the model that was here
+    (args.output / "evaluation.json").unlink(missing_ok=True)  # by eval.py, of the model that was here
     set_seed(args.seed)
 
     corpus = text_files(args.data, args.heldout) if args.data else state_of_the_union()

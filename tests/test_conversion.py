@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from common import MIXED, assert_same_states, relative_error, tiny_model, tokens
+from convert_checkpoint import main as convert_checkpoint_script
 from paper_reference import logits_and_states, parameter_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from convert_checkpoint import main as convert_checkpoint_script
-from hf_xlstm import conversion, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel
+from hf_xlstm import conversion, files, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel
 from hf_xlstm.conversion import convert_checkpoint, native_shapes
 from hf_xlstm.formats.configs import config_to_large
 from hf_xlstm.formats.weights import Layout, weights_from_foreign, weights_to_foreign
@@ -525,7 +525,7 @@ def test_full_disk(when, tmp_path, monkeypatch):
     write_package(tmp_path / "foreign", "mixed")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if when == "known before":
-        monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
     else:  # as for a quota, the kernel refuses
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -576,9 +576,10 @@ def test_killed_half_way(tmp_path):
     ) as process:
         assert process.stdout.readline() == b"half way\n"
         process.send_signal(signal.SIGKILL)
-    assert sorted(os.listdir(tmp_path)) == ["foreign", "native.partial"]
+    source, partial = sorted(os.listdir(tmp_path))
+    assert partial.startswith("native.partial-") and source == "foreign"
     convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
-    assert sorted(os.listdir(tmp_path)) == ["foreign", "native"]
+    assert sorted(os.listdir(tmp_path)) == ["native", "foreign"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "native").config.block_family == "paper"
 
 

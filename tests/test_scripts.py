@@ -12,10 +12,10 @@ import pytest
 import torch
 from train import TimeBudget, build_model, parse_arguments, train, train_tokenizer, windows
 
-from corpus import FIRST_HELDOUT_YEAR, num_bytes, split_tail, state_of_the_union, text_files
-from evaluation import bits_per_byte
+from helpers.bits_per_byte import bits_per_byte
+from helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, split_tail, state_of_the_union, text_files
+from helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
-from yardsticks import ByteNGram, lzma_bits_per_byte
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

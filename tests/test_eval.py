@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: bits per byte and tasks of the lm-evaluation-harness, against sums done by hand."""
+"""scripts/eval.py: bits per byte and tasks of the lm-evaluation-harness, against sums done by hand."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from common import MIXED, tiny_model
 from train import train_tokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from evaluation import bits_per_byte
-from report import results_table
+from helpers.bits_per_byte import bits_per_byte
+from helpers.report import results_table
 
 
-EVALUATE = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+EVAL = Path(__file__).parents[1] / "scripts" / "eval.py"
 TEXT = "My fellow Americans, tonight the state of our Union is strong: größer, 大きい.\n"
 QUESTIONS = [
     {"text": "My fellow", "choices": [" Americans", " Union", " tonight"], "label": 0},
@@ -77,8 +77,8 @@ def test_texts(directory, byte_tokenizer, tmp_path, monkeypatch):
     files = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for count, file in enumerate(files, start=1):
         file.write_text(TEXT * count, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(directory), "--texts", *map(str, files)])
-    runpy.run_path(str(EVALUATE), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(directory), "--texts", *map(str, files)])
+    runpy.run_path(str(EVAL), run_name="__main__")
     results = json.loads((directory / "evaluation.json").read_text())
     model = tiny_model(vocab_size=259, layer_types=MIXED)
     for count, (file, result) in enumerate(zip(files, results, strict=True), start=1):
@@ -173,7 +173,7 @@ def test_tasks_of_the_harness(directory, byte_tokenizer, tmp_path, monkeypatch):
         "--output",
         output,
     ]
-    subprocess.run([sys.executable, EVALUATE, directory, *options], check=True)
+    subprocess.run([sys.executable, EVAL, directory, *options], check=True)
     results = json.loads(output.read_text())
     values = {(result["task"], result["metric"]): result["value"] for result in results}
     expected = {

@@ -47,7 +47,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(results: Sequence[dict]) -> str:
-    """What evaluate.py measured."""
+    """What eval.py measured."""
     rows = []
     for result in results:
         conditions = [f"{result[name]} {name}" for name in ("bytes", "shots") if name in result]

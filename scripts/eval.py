@@ -1,21 +1,20 @@
 """Evaluates a causal language model: bits per byte of texts, and tasks of the lm-evaluation-harness.
 
-python scripts/evaluate.py runs/quickstart --texts book.txt --tasks my_task --include-path my_tasks
+python scripts/eval.py runs/quickstart --texts book.txt --tasks my_task --include-path my_tasks
 
 Writes what it measures to evaluation.json in the model's directory, from where push_to_hub.py takes it into the card.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_xlstm  # noqa: F401  registers the model
-from corpus import num_bytes
-from evaluation import bits_per_byte
-from report import results_table
+from helpers.bits_per_byte import bits_per_byte
+from helpers.corpus import num_bytes
+from helpers.report import results_table
 
 
 def evaluate_texts(
@@ -32,8 +31,6 @@ def evaluate_texts(
 
 def evaluate_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
     """One result for each task and metric, by the harness's `hf` backend."""
-    # tasks of the harness import Hugging Face's `evaluate`, which a file of this name beside it would hide
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.resolve()]
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from corpus import num_bytes
+from .corpus import num_bytes
 
 
 @torch.inference_mode()
