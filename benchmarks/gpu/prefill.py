@@ -221,9 +221,9 @@ def smoke_jobs() -> None:
     for job in smoke.jobs():
         if job.name["op"] != "model":
             attempt(job.id, job.run)
-    ids = torch.zeros(2, 50, dtype=torch.long, device="meta")
+    ids = torch.zeros(2, smoke.LENGTH, dtype=torch.long, device="meta")
     attempt("smoke model", train, smoke.model("triton"), ids)
-    attempt("smoke model", generate, smoke.model("triton"), 2, 21)
+    attempt("smoke model", generate, smoke.model("triton"), 2, smoke.LENGTH)
 
 
 def ops_jobs(variants: bool) -> None:

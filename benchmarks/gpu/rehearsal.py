@@ -20,9 +20,9 @@ from benchmarks.gpu import generation, harness, ops, smoke, training
 
 
 FAULTS = ("fail", "hang", "wrong", "crash")
-MODEL = {"vocab_size": 32, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2}
+MODEL = {"vocab_size": 32, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 1}
 SIZES = {
-    smoke: {"MLSTM_SHAPES": [(1, 20, 1, 16, 32)], "SLSTM_SHAPES": [(1, 3, 1, 16)], "MODEL": MODEL},
+    smoke: {"MLSTM_SHAPES": [(1, 20, 1, 16, 32)], "SLSTM_SHAPES": [(1, 3, 1, 16)], "MODEL": MODEL, "LENGTH": 6},
     ops: {
         "TOKENS": 18,
         "LENGTHS": [18],
@@ -36,8 +36,8 @@ SIZES = {
         "SLSTM_STEP_SHAPES": [(1, 16)],
         "SLSTM_LAYERS": 1,
     },
-    generation: {"SIZE": MODEL, "PROMPTS": [9], "DECODE": [(1, 8), (2, 8)], "NEW_TOKENS": 2, "CHECKED": (12, 2)},
-    training: {"VOCAB": 32, "TOKENS": 64, "LENGTHS": [64], "SIZES": {"tiny": (64, 2, 1)}, "CHECKED": (32, 18)},
+    generation: {"SIZE": MODEL, "PROMPTS": [5], "DECODE": [(1, 4), (2, 4)], "NEW_TOKENS": 2, "CHECKED": (8, 2)},
+    training: {"VOCAB": 32, "TOKENS": 64, "LENGTHS": [64], "SIZES": {"tiny": (64, 2, 1)}, "CHECKED": (32, 6)},
 }
 
 

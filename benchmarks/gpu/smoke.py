@@ -22,6 +22,7 @@ BOUNDS["float32"] = {name: bound / 10 for name, bound in BOUNDS["bfloat16"].item
 MLSTM_SHAPES = [(2, 150, 2, 64, 128), (1, 70, 1, 256, 512)]  # B, S, H, K, V
 SLSTM_SHAPES = [(3, 40, 2, 64), (2, 20, 1, 256)]  # B, T, H, D
 MODEL = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "num_heads": 2}
+LENGTH = 40  # tokens that it reads
 MODEL_BOUND = 1e-2
 
 Inputs = list[torch.Tensor]
@@ -130,25 +131,25 @@ def logits_within_bound(actual: torch.Tensor, expected: torch.Tensor) -> dict:
 @torch.no_grad()
 def generate_as_stepwise() -> dict:
     """Greedy `generate` gives the logits of one pass over what it wrote."""
-    prompt = tokens(2, 21)
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    prompt = tokens(2, LENGTH)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     generated = model("triton").generate(prompt, **options)
-    expected = model("triton")(generated.sequences, use_cache=False).logits[:, 20:-1]
+    expected = model("triton")(generated.sequences, use_cache=False).logits[:, LENGTH - 1 : -1]
     return logits_within_bound(torch.stack(generated.logits, dim=1), expected)
 
 
 @torch.no_grad()
 def padded_as_alone() -> dict:
-    ids = tokens(1, 30)
+    ids = tokens(1, LENGTH)
     padded = torch.cat([tokens(1, 7), ids], dim=1)
-    mask = (torch.arange(37, device=harness.DEVICE) >= 7).long()[None]
+    mask = (torch.arange(7 + LENGTH, device=harness.DEVICE) >= 7).long()[None]
     actual = model("triton")(padded, attention_mask=mask, use_cache=False).logits[:, 7:]
     return logits_within_bound(actual, model("triton")(ids, use_cache=False).logits)
 
 
 @torch.no_grad()
 def packed_as_separate() -> dict:
-    lengths = (17, 25)
+    lengths = (LENGTH - 3, LENGTH + 2)
     parts = [tokens(1, length) for length in lengths]
     positions = torch.cat([torch.arange(length, device=harness.DEVICE) for length in lengths])[None]
     actual = model("triton")(torch.cat(parts, dim=1), position_ids=positions, use_cache=False).logits
@@ -158,7 +159,7 @@ def packed_as_separate() -> dict:
 
 def training_step_as_torch() -> dict:
     """Loss and gradients of one step, beside those of the torch backend."""
-    ids, gradients = tokens(2, 50), []
+    ids, gradients = tokens(2, LENGTH), []
     for backend in ("triton", "torch"):
         model(backend).zero_grad()
         model(backend)(ids, labels=ids, use_cache=False).loss.backward()
