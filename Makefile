@@ -7,6 +7,7 @@ VENV ?= .venv
 PINS ?= --constraint constraints.txt
 MINUTES ?= 3
 RUN ?= runs/quickstart
+GPU_RUN ?= runs/gpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,7 +16,7 @@ SOURCES := src scripts tests benchmarks
 MATRIX := 5.15.0/2.13.0 5.17.0/2.13.0 5.19.0/2.13.0 5.23.0/2.13.0 5.24.0/2.13.0 5.17.0/2.11.0 5.24.0/2.14.1
 OLDEST := $(firstword $(MATRIX))
 
-.PHONY: help quickstart test test-oldest test-matrix test-newest test-all lint format pins clean
+.PHONY: help quickstart test test-oldest test-matrix test-newest test-all lint format pins gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +46,9 @@ test-newest:  ## the quick tests on the newest release of everything, whatever i
 
 test-all: lint  ## lint and all tests
 	$(BIN)/pytest -n auto
+
+gpu:  ## prove and measure the kernels on a GPU in nine minutes, with the python that has torch there
+	$(PYTHON) benchmarks/gpu/prove.py --minutes 9 --out $(GPU_RUN)
 
 lint: $(STAMP)  ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check $(SOURCES)
