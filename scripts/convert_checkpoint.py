@@ -1,9 +1,19 @@
 """Convert a checkpoint of another xLSTM implementation to this package's format, or back; see docs/checkpoints.md."""
 
 import argparse
-import sys
+import pickle
+from pathlib import Path
 
+import yaml
+
+from helpers.errors import UserError, command
+from helpers.models import check_directory
 from hf_xlstm.conversion import FORMATS, convert_checkpoint
+
+
+# what damaged or foreign files raise, in the libraries that read them as well
+CONVERSION_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
+CONVERSION_ERRORS += (pickle.UnpicklingError, yaml.YAMLError)
 
 
 def main() -> None:
@@ -16,6 +26,11 @@ def main() -> None:
     parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="default: %(default)s")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     args = parser.parse_args()
+    if not Path(args.source).exists():
+        parser.error(f"{args.source} does not exist")
+    check_directory(args.source)
+    if args.max_shard_size <= 0:
+        parser.error("--max-shard-size must be above 0")
     try:
         report = convert_checkpoint(
             args.source,
@@ -26,10 +41,13 @@ def main() -> None:
             max_shard_size=int(args.max_shard_size * 1e9),
             verify=not args.no_verify,
         )
-    except (OSError, ValueError) as error:
-        sys.exit(f"convert_checkpoint.py: {error}")
+    except CONVERSION_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            reason if args.source in reason or args.target in reason else f"{args.source}: {reason}"
+        ) from error
     print(f"{args.target}: {report}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

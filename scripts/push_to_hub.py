@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-import hf_xlstm  # noqa: F401  registers the model
+from helpers.errors import UserError, command, read_text
+from helpers.models import load_model, load_tokenizer
 from helpers.report import markdown_table, results_table
 from hf_xlstm.hub import describe, save_self_contained
 
@@ -78,16 +79,22 @@ def eval_result(result: dict) -> EvalResult:
 
 def prepare(run: Path, directory: Path, repo_id: str, license: str, language: str) -> ModelCard:
     """Lays out in `directory` what is to be published: of the run, only what belongs into a repository."""
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    measured = run / "evaluation.json"
-    evaluation = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else []
-    model = AutoModelForCausalLM.from_pretrained(run)
+    model, tokenizer = load_model(run), load_tokenizer(run)
+    metrics, measured = read_json(run / "metrics.json"), run / "evaluation.json"
+    evaluation = read_json(measured) if measured.exists() else []
     card = model_card(model, metrics, evaluation, repo_id, license, language)
-    save_self_contained(model, directory, AutoTokenizer.from_pretrained(run), card=str(card))
+    save_self_contained(model, directory, tokenizer, card=str(card))
     for file in run.glob("*.json"):
         if file.name in ("metrics.json", "evaluation.json"):
             shutil.copy(file, directory)
     return card
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def main() -> None:
@@ -100,6 +107,8 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--dry-run", action="store_true", help="send nothing, show the files and the card")
     args = parser.parse_args()
+    if not args.run.is_dir():
+        parser.error(f"{args.run} is no directory")
 
     with tempfile.TemporaryDirectory() as folder:
         card = prepare(args.run, Path(folder), args.repo_id, args.license, args.language)
@@ -117,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -8,7 +8,8 @@ from common import MIXED, VOCAB_SIZE, relative_error, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm import weight_decay_groups, xLSTMForCausalLM
+from hf_xlstm.configuration_xlstm import PAPER_FIELDS
 from hf_xlstm.modeling_xlstm import causal_lm_loss
 
 
@@ -147,6 +148,30 @@ def test_resume(setting, tmp_path):
     assert losses(resumed)[5:] == losses(whole)[5:]
     for x, y in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def is_spared(name: str) -> bool:
+    """What the original implementations do not decay, by the names of the parameters."""
+    return name.endswith((".bias", "learnable_skip")) or "norm" in name
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_bias": True}, {"slstm_conv_kernel_size": 4}, PAPER_FIELDS])
+def test_weight_decay(fields, tmp_path):
+    """No norm, bias or skip is decayed, by Trainer neither but for the paper's skip; the groups have every parameter
+    once, and frozen ones not at all."""
+    model = xLSTMForCausalLM(tiny_config(layer_types=MIXED, **fields))
+    names = [name for name, _ in model.named_parameters()]
+    decayed = {name for name in names if not is_spared(name)}
+    assert 0 < len(decayed) < len(names)
+    by_trainer = set(make_trainer(tmp_path, model).get_decay_parameter_names(model))
+    assert {name for name in by_trainer - decayed if not name.endswith("learnable_skip")} == set()
+    assert decayed <= by_trainer
+    model.lm_head.weight.requires_grad_(False)
+    groups = weight_decay_groups(model, 0.1)
+    by_id = {id(x): name for name, x in model.named_parameters()}
+    found = [{by_id[id(x)] for x in group["params"]} for group in groups]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert found == [decayed - {"lm_head.weight"}, set(names) - decayed]
 
 
 @pytest.mark.slow
