@@ -3,23 +3,28 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# The tested set of everything else.
+PINS ?= --constraint constraints.txt
 MINUTES ?= 3
 RUN ?= runs/quickstart
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := src scripts tests benchmarks
+# Transformers/torch of `make test-matrix`; src/hf_xlstm/versions.py states the range.
+MATRIX := 5.15.0/2.13.0 5.17.0/2.13.0 5.19.0/2.13.0 5.23.0/2.13.0 5.24.0/2.13.0 5.17.0/2.11.0 5.24.0/2.14.1
+OLDEST := $(firstword $(MATRIX))
 
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-oldest test-matrix test-newest test-all lint format pins clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --editable '.[train,dev]'
+	$(BIN)/pip install $(PINS) --editable '.[train,dev]'
 	touch $@
 
 quickstart: $(STAMP)  ## train a small model on real text, reload it, generate (about five minutes on two cores)
@@ -28,6 +33,15 @@ quickstart: $(STAMP)  ## train a small model on real text, reload it, generate (
 
 test: lint  ## lint and the quick tests
 	$(BIN)/pytest -n auto -m "not slow"
+
+test-oldest:  ## the quick tests of what touches Transformers, on the oldest supported version
+	tests/matrix.sh --models-only $(OLDEST)
+
+test-matrix:  ## the quick tests on every supported version, each in an environment of its own
+	tests/matrix.sh $(MATRIX)
+
+test-newest:  ## the quick tests on the newest release of everything, whatever is pinned
+	tests/matrix.sh newest/$(patsubst torch==%,%,$(TORCH))
 
 test-all: lint  ## lint and all tests
 	$(BIN)/pytest -n auto
@@ -40,6 +54,9 @@ format: $(STAMP)  ## ruff: fix and format in place
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-clean:  ## remove the virtual environment, runs and caches
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache
+pins: $(STAMP)  ## write what is installed into constraints.txt, once the tests pass with it
+	tests/pins.sh $(BIN)/pip
+
+clean:  ## remove the virtual environments, runs and caches
+	rm -rf $(VENV) .venvs runs build dist .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

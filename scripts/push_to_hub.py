@@ -82,7 +82,10 @@ def prepare(run: Path, directory: Path, repo_id: str, license: str, language: st
     model, tokenizer = load_model(run), load_tokenizer(run)
     metrics, measured = read_json(run / "metrics.json"), run / "evaluation.json"
     evaluation = read_json(measured) if measured.exists() else []
-    card = model_card(model, metrics, evaluation, repo_id, license, language)
+    try:
+        card = model_card(model, metrics, evaluation, repo_id, license, language)
+    except KeyError as error:
+        raise UserError(f"metrics.json or evaluation.json in {run} lacks {error}") from error
     save_self_contained(model, directory, tokenizer, card=str(card))
     for file in run.glob("*.json"):
         if file.name in ("metrics.json", "evaluation.json"):
@@ -108,8 +111,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="send nothing, show the files and the card")
     args = parser.parse_args()
     if not args.run.is_dir():
-        parser.error(f"{args.run} is no directory")
+        parser.error(f"{args.run} is not a directory")
+    publish(args)
 
+
+def publish(args: argparse.Namespace) -> None:
+    """Sends what `prepare` lays out, or shows it."""
     with tempfile.TemporaryDirectory() as folder:
         card = prepare(args.run, Path(folder), args.repo_id, args.license, args.language)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

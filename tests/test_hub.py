@@ -12,6 +12,8 @@ import push_to_hub
 import pytest
 import tokenizers
 import torch
+from common import STACKS
+from common import tiny_model as memorable_model
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -24,6 +26,8 @@ from hf_xlstm.hub import AUTO_MAP, flat_modules, save_self_contained
 
 REPOSITORY = f"{USER}/tiny"
 PROMPT = [[5, 3, 7, 2, 9, 4]]
+# Interpreters of environments with other versions of Transformers, as tests/matrix.sh makes them.
+PYTHONS = [path for path in os.environ.get("HF_XLSTM_PYTHONS", "").split(os.pathsep) if path]
 # what a process sees where neither the package nor Triton was ever installed
 STRANGER = "import sys; sys.modules['hf_xlstm'] = sys.modules['triton'] = None\n"
 
@@ -162,6 +166,90 @@ assert tokenizer("Once upon a time").input_ids == [1, 2, 3, 4]
     assert expected.shape[1] == len(PROMPT[0]) + 8
     torch.testing.assert_close(seen_tokens, expected)
     assert {path.name for path in (tmp_path / "second").glob("*.py")} == set(flat_modules())
+
+
+def test_code_is_written_only_to_be_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(xLSTMForCausalLM, "_saves_code", False)
+    model = tiny_model(["mlstm", "slstm"])
+    before = model.config.to_dict()
+
+    def code(name: str) -> set[str]:
+        """The code files in a directory, which its configuration knows of."""
+        files = {path.name for path in (tmp_path / name).glob("*.py")}
+        assert ("auto_map" in json.loads((tmp_path / name / "config.json").read_text())) == bool(files)
+        return files
+
+    model.save_pretrained(tmp_path / "plain")
+    assert not code("plain")
+    save_self_contained(model, tmp_path / "shared")
+    assert code("shared") == set(flat_modules())
+    model.save_pretrained(tmp_path / "again")  # the call before has left no trace
+    assert not code("again")
+    model.register_for_auto_class()
+    model.save_pretrained(tmp_path / "registered")
+    assert code("registered") == set(flat_modules())
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").iterdir())
+    assert model.config.to_dict() == before
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
+    loaded.config.save_pretrained(tmp_path / "config")
+    assert not code("config")
+    loaded.config.save_pretrained(tmp_path / "shared")  # where its code is
+    assert code("shared") == set(flat_modules())
+
+
+@pytest.mark.parametrize("name", ["my model (1)", "Müller+Söhne", "v1.5-final", "3b", "class", "."])
+def test_any_directory_name_works_for_a_stranger(name, run, tmp_path):
+    directory = tmp_path / "parent" / name
+    model = tiny_model(["mlstm", "slstm"])
+    save_self_contained(model, directory)
+    code = f"""{STRANGER}
+import os, sys, torch
+from transformers import AutoModelForCausalLM
+os.chdir(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.tensor({PROMPT})).logits, sys.argv[3])
+"""
+    where = directory if name == "." else directory.parent
+    run(*python(code, where, name, tmp_path / "logits.pt"))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
+
+
+GREEDY = f"""{STRANGER}
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity_error()
+directory, results = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
+options = {{"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}}
+torch.save([model.generate(ids, **options), model.generate(ids, **options, use_cache=False)], results)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHONS, reason="HF_XLSTM_PYTHONS names no interpreters with other versions of Transformers")
+@pytest.mark.parametrize("stack", STACKS)
+def test_folder_generates_the_same_text_on_every_version(stack, tmp_path):
+    """By the code in the folder, in clean processes, and with the cache as without."""
+    model = memorable_model(**STACKS[stack])
+    save_self_contained(model, tmp_path / "folder")
+    ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
+    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert expected.shape == (2, 30)
+    for index, interpreter in enumerate(PYTHONS):
+        results = tmp_path / f"{index}.pt"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [interpreter, "-c", GREEDY, str(tmp_path / "folder"), str(results)]
+        environment["HF_MODULES_CACHE"] = str(tmp_path / f"modules{index}")
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        for text in torch.load(results):
+            assert torch.equal(text, expected), interpreter
 
 
 def test_default_card(tmp_path):
@@ -320,6 +408,18 @@ def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
     assert "| my task | acc | 0.2500 ± 0.1250 | 2 shots |" in shown
 
 
+@pytest.mark.parametrize("text", [None, "{", "{}"], ids=["missing", "damaged", "empty"])
+def test_push_of_what_train_did_not_write(text, trained, capsys, monkeypatch):
+    (trained / "metrics.json").unlink()
+    if text is not None:
+        (trained / "metrics.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
+    with pytest.raises(SystemExit, match="2"):
+        push_to_hub.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics.json" in line and str(trained) in line
+
+
 def test_card_metadata_is_a_model_index(trained, tmp_path):
     card = push_to_hub.prepare(trained, tmp_path / "out", REPOSITORY, "mit", "en")
     read = ModelCard.load(tmp_path / "out" / "README.md").data
@@ -357,7 +457,9 @@ rows = [{{"input_ids": torch.arange(8), "labels": torch.arange(8)}}] * 4
 arguments = TrainingArguments(
     "trained", push_to_hub=True, hub_model_id="{REPOSITORY}", max_steps=2, save_steps=1, report_to=[], use_cpu=True
 )
-trainer = Trainer(AutoModelForCausalLM.from_pretrained("model"), arguments, train_dataset=rows)
+model = AutoModelForCausalLM.from_pretrained("model")
+model.register_for_auto_class()  # Trainer's checkpoints are to be shared
+trainer = Trainer(model, arguments, train_dataset=rows)
 trainer.train()
 trainer.push_to_hub()
 torch.save(trainer.model.eval()(torch.tensor({PROMPT})).logits, "trained.pt")

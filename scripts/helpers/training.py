@@ -219,9 +219,9 @@ class RunTrainer(Trainer):
         if inputs.pop("first").any():
             self.states = None
         loss, outputs = super().compute_loss(
-            model, {**inputs, "past_key_values": self.states, "use_cache": True}, return_outputs=True, **kwargs
+            model, {**inputs, "cache": self.states, "use_cache": True}, return_outputs=True, **kwargs
         )
-        self.states = outputs.past_key_values
+        self.states = outputs.cache
         return (loss, outputs) if return_outputs else loss
 
     def save_states(self, checkpoint: Path) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints of other implementations into the form they have here, and back (`formats/`).
+"""Conversion of checkpoints and states of other implementations to those of this package, and back (`formats/`).
 
-A checkpoint is converted tensor by tensor, in the memory of its largest one. It appears under its name when it is
-complete and has been compared with what it was made from, or not at all.
+A checkpoint is converted tensor by tensor, in the memory of its largest tensor. The target gets its name when it is
+complete and has been compared with the source, or not at all.
 """
 
 import json
@@ -13,22 +13,23 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
 from .files import appearing
 from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
-from .formats.weights import Layout, apply, check_names, drop_tied_head
+from .formats.tensors import DTYPES, TensorFiles
+from .formats.weights import Layout, check_names, convert, drop_tied_head, rules_from_foreign
 from .hub import save_code
 from .modeling_xlstm import xLSTMForCausalLM
 
 
+__all__ = ["FORMATS", "Report", "cache_from_xlstm", "cache_to_xlstm", "convert_checkpoint", "native_shapes"]
+
 FORMATS = ("hf_xlstm", "xlstm_large", "xlstm", "xlstm_wrapper")
 INDEX = "model.safetensors.index.json"
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# what else belongs to a model, and is copied
+# Files of a model that are copied as they are.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
 
@@ -46,49 +47,60 @@ class Report:
         return f"{self.tensors} tensors, {self.nbytes:,} bytes, {len(self.files)} file(s), {compared} the source"
 
 
-class TensorFiles:
-    """The tensors of a checkpoint, read one at a time: from safetensors files, or else from a pickle that may hold
-    nothing but tensors."""
+class PickledTensors:
+    """The tensors of a pickle that may hold nothing but tensors, by name; the counterpart of `TensorFiles`.
 
-    def __init__(self, directory: str | os.PathLike):
-        directory = Path(directory)
-        self.paths: dict[str, Path] = {}
-        self.pickle: dict[str, torch.Tensor] | None = None
-        for path in sorted(directory.glob("*.safetensors")):
-            with _open(path) as file:
-                names = file.keys()
-            for name in names:
-                if name in self.paths:
-                    raise ValueError(f"{name} is both in {self.paths[name].name} and in {path.name}.")
-                self.paths[name] = path
-        if not self.paths:
-            pickles = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
-            if len(pickles) != 1:
-                raise FileNotFoundError(f"{directory} has neither safetensors files nor a single .bin, .pt or .pth.")
-            self.pickle = torch.load(pickles[0], map_location="cpu", mmap=True, weights_only=True)
-            self.paths = dict.fromkeys(self.pickle, pickles[0])
+    Raises:
+        ValueError: it is damaged or holds something else (the message names the file).
+    """
+
+    def __init__(self, path: Path):
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # whatever the unpickler meets in a file that is none
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is damaged or holds more than tensors (weights_only): {reason}") from error
+        if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+            raise ValueError(f"{path} must hold a dictionary of tensors, and nothing else.")
+        self.tensors = tensors
+        self.paths = dict.fromkeys(tensors, path)
 
     def read(self, name: str) -> torch.Tensor:
-        if self.pickle is not None:
-            return self.pickle[name]
-        with _open(self.paths[name]) as file:  # anew, so that the pages of other tensors do not stay in memory
-            return file.get_tensor(name)
+        return self.tensors[name]
 
     def read_meta(self, name: str) -> torch.Tensor:
-        """Shape and dtype only."""
-        return self.read(name).to("meta")
+        """Shape and dtype of a tensor, on the meta device."""
+        return self.tensors[name].to("meta")
+
+    def check_save(self, save_id: str | None) -> None:
+        """Nothing to check: a pickle does not say of which save it is."""
+
+
+def open_tensors(directory: Path) -> TensorFiles | PickledTensors:
+    """The tensors of the checkpoint in a directory: of its safetensors files, or else of its only pickle."""
+    paths = sorted(directory.glob("*.safetensors"))
+    if paths:
+        files = TensorFiles(paths)
+        files.check_unique()
+        return files
+    pickles = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
+    if len(pickles) != 1:
+        raise FileNotFoundError(f"{directory} has neither safetensors files nor a single .bin, .pt or .pth.")
+    return PickledTensors(pickles[0])
 
 
 @dataclass(frozen=True)
 class Step:
-    """Tensors to write, as a function of tensors to read."""
+    """Tensors to write, as a function of tensors to read: one direction of a `Rule`."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     function: Callable[..., tuple[torch.Tensor, ...]]
 
     def run(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.outputs, apply(self.function, self.inputs, map(read, self.inputs)), strict=True))
+        return dict(zip(self.outputs, convert(self.function, self.inputs, map(read, self.inputs)), strict=True))
 
 
 def convert_checkpoint(
@@ -117,18 +129,23 @@ def convert_checkpoint(
     Raises:
         ValueError: tensors are missing, unknown or misshapen (the message names them), a file is damaged, or the
             target format has no such model.
-        OSError: the target exists, the source has no weights, or the disk is full.
+        OSError: the target exists or another process is writing it, the source has no weights, or the disk is full.
     """
     source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise NotADirectoryError(f"{source} is not a directory.")
     if to not in FORMATS:
         raise ValueError(f"`to` must be one of {', '.join(FORMATS)}, got {to!r}.")
-    files, config = TensorFiles(source), xLSTMConfig.from_pretrained(source)
+    config = read_configuration(source)
+    files = open_tensors(source)
+    files.check_save(config.save_id)
+    config.save_id = None  # what is written appears at once
     if to == "hf_xlstm":
-        steps = steps_to_ours(files, config)
+        steps = steps_to_native(files, config)
     else:
         prefix = "model." if to == "xlstm_wrapper" else ""
-        layout = Layout(to.removesuffix("_wrapper"), prefix=prefix, fused=fused, slstm_backend=slstm_backend)
-        steps = steps_to_theirs(files, config, layout)
+        layout = Layout(to.removesuffix("_wrapper"), prefix=prefix, joined=fused, slstm_backend=slstm_backend)
+        steps = steps_to_foreign(files, config, layout)
     outputs = {name: x for step in steps for name, x in step.run(files.read_meta).items()}
     nbytes = sum(x.nbytes for x in outputs.values())
     shards = split_into_shards(steps, outputs, max_shard_size if to in ("hf_xlstm", "xlstm_large") else nbytes)
@@ -149,51 +166,63 @@ def convert_checkpoint(
                 (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
             if verify:
                 progress.set_description("Comparing")
-                compare(steps, files, TensorFiles(partial), progress.update)
+                compare(steps, files, open_tensors(partial), progress.update)
     return Report(names, len(outputs), nbytes, verify)
 
 
-def steps_to_ours(files: TensorFiles, config: xLSTMConfig) -> list[Step]:
-    """Also fits `config` to the tensors: the width of the feed-forward layers, which others round differently."""
+def read_configuration(source: Path) -> xLSTMConfig:
+    """The configuration in a directory. Raises ValueError if it does not describe a model."""
+    try:
+        return xLSTMConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the type of the error depends on what is wrong with which field
+        raise ValueError(f"The configuration in {source} does not describe a model: {error}") from error
+
+
+def steps_to_native(files: TensorFiles | PickledTensors, config: xLSTMConfig) -> list[Step]:
+    """The steps from a checkpoint of any layout to the parameters of an `xLSTMForCausalLM`.
+
+    `config` is changed to fit the tensors: implementations round the width of the feed-forward layers differently.
+    """
     layout = Layout.of(files.paths)
     config.weight_mode = "single"
     for block in range(config.num_hidden_layers):
-        name = layout.their_name(f"backbone.blocks.{block}.ffn.proj_down.weight")
+        name = layout.foreign_name(f"backbone.blocks.{block}.ffn.proj_down.weight")
         if name in files.paths:
             width = files.read_meta(name).shape[-1]
             if width != config.ffn_dim:
                 for field, value in ffn_fields(config.hidden_size, width, config.block_family).items():
                     setattr(config, field, value)
             break
-    shapes, names = our_shapes(config), files.paths.keys()
-    if config.tie_word_embeddings:
-        names = drop_tied_head(names, files.read, layout)
-    rules = layout.rules(shapes, config)
-    check_names([name for rule in rules for name in rule.theirs], names)
-    steps = [Step(rule.theirs, rule.ours, rule.to_ours) for rule in rules]
-    for step in steps:
+    shapes = native_shapes(config)
+    steps = []
+    for rule in rules_from_foreign(files.paths, files.read, shapes, config):
+        step = Step(rule.foreign, rule.native, rule.to_native)
         check_shapes(step.run(files.read_meta), shapes, step.inputs)
+        steps.append(step)
     return steps
 
 
-def steps_to_theirs(files: TensorFiles, config: xLSTMConfig, layout: Layout) -> list[Step]:
+def steps_to_foreign(files: TensorFiles | PickledTensors, config: xLSTMConfig, layout: Layout) -> list[Step]:
+    """The steps from a checkpoint of this package to one of another layout."""
     found = Layout.of(files.paths)
     if found != Layout("hf_xlstm"):
         raise ValueError(f"The source has the layout `{found.name}`: convert it to `hf_xlstm` first.")
-    shapes = our_shapes(config)
+    shapes = native_shapes(config)
     names = files.paths.keys()
     if config.tie_word_embeddings:
         names = drop_tied_head(names, files.read, found)
     check_names(shapes, names)
     check_shapes({name: files.read_meta(name) for name in shapes}, shapes)
-    steps = [Step(rule.ours, rule.theirs, rule.to_theirs) for rule in layout.rules(shapes, config)]
+    steps = [Step(rule.native, rule.foreign, rule.to_foreign) for rule in layout.rules(shapes, config)]
     if config.tie_word_embeddings and not layout.prefix:  # the package's `load_state_dict` wants it twice
         steps.append(Step(("backbone.embeddings.weight",), ("lm_head.weight",), lambda x: (x,)))
     return steps
 
 
-def our_shapes(config: xLSTMConfig) -> dict[str, torch.Size]:
-    """Of all parameters of an `xLSTMForCausalLM`, without the head if it is tied."""
+def native_shapes(config: xLSTMConfig) -> dict[str, torch.Size]:
+    """Shapes of all parameters of an `xLSTMForCausalLM` by name, without the head if it is tied."""
     with torch.device("meta"):
         model = xLSTMForCausalLM(config)
     shapes = {name: x.shape for name, x in model.state_dict().items()}
@@ -284,7 +313,7 @@ def write_configuration(
             model = xLSTMForCausalLM(config)
         config.architectures = [type(model).__name__]
         config.dtype = outputs["backbone.embeddings.weight"].dtype
-        save_code(model, directory)
+        config.auto_map = save_code(directory)
         config.save_pretrained(directory)
         model.generation_config.save_pretrained(directory)
         return
@@ -311,15 +340,15 @@ def cache_from_xlstm(state: dict[str, dict], config: xLSTMConfig, seen_tokens: i
     """
     cache = xLSTMCache(config)
     for index, layer in enumerate(cache.layers):
-        theirs = state[f"block_{index}"]
-        if theirs.get("conv_state"):
-            layer.update_conv_state(theirs["conv_state"][0][:, 1:])
+        foreign = state[f"block_{index}"]
+        if foreign.get("conv_state"):
+            layer.update_conv_state(foreign["conv_state"][0][:, 1:])
         if layer.layer_type == "mlstm":
-            c, n, m = theirs["mlstm_state"]
+            c, n, m = foreign["mlstm_state"]
             scale = c.shape[2] ** 0.5
             layer.update((c * scale, n.squeeze(-1) * scale, m.flatten(1)))
         else:
-            layer.update(tuple(x.unflatten(-1, (-1, config.slstm_head_dim)) for x in theirs["slstm_state"]))
+            layer.update(tuple(x.unflatten(-1, (-1, config.slstm_head_dim)) for x in foreign["slstm_state"]))
         device = layer.device
     cache.advance(seen_tokens, device)
     return cache
@@ -329,23 +358,16 @@ def cache_to_xlstm(cache: xLSTMCache, config: xLSTMConfig) -> dict[str, dict]:
     """The state for `xLSTMLMModel.step` to go on from."""
     state = {}
     for index, layer in enumerate(cache.layers):
-        theirs = state[f"block_{index}"] = {}
+        foreign = state[f"block_{index}"] = {}
         if layer.conv_state is not None:  # the oldest input leaves with the next step
-            theirs["conv_state"] = (torch.nn.functional.pad(layer.conv_state, (0, 0, 1, 0)),)
+            foreign["conv_state"] = (torch.nn.functional.pad(layer.conv_state, (0, 0, 1, 0)),)
         if layer.layer_type == "mlstm":
             c, n, m = layer.state
             scale = config.qk_head_dim**-0.5
-            theirs["mlstm_state"] = (c * scale, n[..., None] * scale, m[..., None, None])
+            foreign["mlstm_state"] = (c * scale, n[..., None] * scale, m[..., None, None])
         else:
-            theirs["slstm_state"] = torch.stack([x.flatten(1) for x in layer.state])
+            foreign["slstm_state"] = torch.stack([x.flatten(1) for x in layer.state])
     return state
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read, it is damaged or cut off: {error}.") from error
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ def appearing(target: str | os.PathLike, nbytes: int = 0) -> Iterator[Path]:
         nbytes: bytes that will be written; that much room must be there.
 
     Raises:
-        FileExistsError: `target` is neither absent nor an empty directory, at the beginning or by then.
+        FileExistsError: `target` is neither absent nor an empty directory, at the beginning or by then; or another
+            process is writing it.
         OSError: there is not enough room.
     """
     target = Path(target)
@@ -56,6 +57,10 @@ def replacing(target: str | os.PathLike, nbytes: int = 0, keep: Iterable[str] = 
     Args:
         nbytes: bytes that will be written; that much room must be there.
         keep: names in the old directory that the new one has as well, unless it has something of that name itself.
+
+    Raises:
+        FileExistsError: another process is writing it.
+        OSError: there is not enough room.
     """
     target = Path(target).resolve()  # a link stays one
     with _beside(target, nbytes) as partial:
@@ -136,6 +141,8 @@ def _beside(target: Path, nbytes: int) -> Iterator[Path]:
             with locked(leftover) as mine:
                 if mine:
                     shutil.rmtree(leftover, ignore_errors=True)
+                elif leftover.exists():
+                    raise FileExistsError(f"{target} is being written by another process.")
     check_room(target.parent, nbytes)
     while True:
         partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")

@@ -2,11 +2,12 @@
 
 Transformers runs code that lies next to a checkpoint (`trust_remote_code=True`) if it is one folder of modules that
 import each other by `from .module import name`. So the package is flattened: `cells/mlstm/eager.py` becomes
-`cells_mlstm_eager.py`. What is imported only inside functions (the Triton kernels, this module) stays behind, and such
-an import raises ImportError there, which the dispatch of the operators takes for "not available".
+`cells_mlstm_eager.py`. A module that is imported only inside functions (the Triton kernels, this module) stays behind,
+and the import raises ImportError there: the functions with such imports expect it.
 """
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+__all__ = ["AUTO_MAP", "default_card", "describe", "flat_modules", "save_code", "save_self_contained"]
 
 AUTO_MAP = {
     "AutoConfig": "configuration_xlstm.xLSTMConfig",
@@ -63,13 +66,14 @@ def save_self_contained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
 ) -> None:
-    """Saves what a stranger with nothing but Transformers needs to use `model`, ready to upload as a repository.
+    """Saves what a stranger with nothing but Transformers needs to use `model`: weights, configuration, code and card,
+    ready to upload as a repository.
 
     Args:
         tokenizer: saved along.
         card: the text of README.md; a short one by default.
     """
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, with_code=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     Path(directory, "README.md").write_text(card or default_card(model, Path(directory).name), encoding="utf-8")
@@ -80,23 +84,27 @@ def default_card(model: PreTrainedModel, name: str) -> str:
 
 
 def describe(model: PreTrainedModel, repo_id: str) -> str:
-    """What the model is and how to use it: the part of a card that follows from the model itself."""
+    """The part of a card that follows from the model itself: what it is and how to use it."""
     types = model.config.layers_block_type
     layers = ", ".join(f"{types.count(kind)} {kind} blocks" for kind in dict.fromkeys(types))
     text = DESCRIPTION.format(parameters=model.num_parameters(), layers=layers, repo_id=repo_id)
-    return text if model.config.layer_types else text + PURE
+    return text + PURE if model.config.has_in_tree_class else text
 
 
-def save_code(model: PreTrainedModel, directory: str | os.PathLike) -> None:
-    """Writes the flattened package into `directory` and names its classes in the configuration, to be saved next."""
+def save_code(directory: str | os.PathLike) -> dict[str, str]:
+    """Writes the flattened package into `directory`, and returns the `auto_map` of a configuration beside it."""
     os.makedirs(directory, exist_ok=True)
     for name, source in flat_modules().items():
         Path(directory, name).write_text(source, encoding="utf-8")
-    model.config.auto_map = dict(AUTO_MAP)
+    return dict(AUTO_MAP)
 
 
+@functools.cache
 def flat_modules() -> dict[str, str]:
-    """File name to source, for each module that the classes in AUTO_MAP import while they are loaded."""
+    """File name to source, for each module that the classes in AUTO_MAP import while they are loaded.
+
+    The package is parsed once per process.
+    """
     files = {}
     pending = {f"{__package__}.{reference.split('.')[0]}" for reference in AUTO_MAP.values()}
     while pending:

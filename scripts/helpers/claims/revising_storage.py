@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_xlstm import xLSTMConfig
 from hf_xlstm.cells.slstm.reference import slstm_cell, zero_slstm_state
-from hf_xlstm.modeling_xlstm import xLSTMsLSTMLayer
+from hf_xlstm.layers import MultiHeadNorm, SLSTMLayer
 
 from .learning import Batch, Learner, learn, xlstm
 from .measuring import row
@@ -17,13 +17,13 @@ from .measuring import row
 TITLE = "Revising storage decisions: the value of the highest score so far, at length 128"
 
 
-class SigmoidGates(xLSTMsLSTMLayer):
+class SigmoidGates(SLSTMLayer):
     """The sLSTM layer with an input gate sigmoid(i~) instead of exp(i~): same parameters, recurrence, head norm.
 
     Without the normalizer this is the cell of an LSTM, c_t = f c_{t-1} + i z, h_t = o c_t."""
 
     def __init__(self, config: xLSTMConfig, normalized: bool):
-        super().__init__(config)
+        super().__init__(config, layer_idx=0, multihead_norm=MultiHeadNorm(config.hidden_size, config.norm_eps))
         self.normalized = normalized
 
     def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from . import BACKENDS
 from .mlstm.eager import mlstm_chunkwise, mlstm_step_torch
 from .mlstm.reference import mlstm_recurrent, mlstm_step_reference
 from .slstm.eager import slstm_step_torch, slstm_torch
 from .slstm.reference import slstm_recurrent, slstm_step_reference
 
-
-BACKENDS = ("auto", "triton", "torch", "reference")
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("mlstm", "reference"): mlstm_recurrent,

@@ -1,23 +1,47 @@
-"""Configurations of other implementations, and the fields of ours that say the same."""
+"""Configurations of other implementations, and the native fields that say the same."""
 
 import math
 from typing import Any
 
 
+__all__ = [
+    "config_from_large",
+    "config_from_wrapper",
+    "config_from_xlstm",
+    "config_from_yaml",
+    "config_to_large",
+    "config_to_wrapper",
+    "config_to_xlstm",
+    "ffn_fields",
+    "is_wrapper",
+    "refuse_other_models",
+]
+
+# Where a Transformers model keeps the configuration of the model of the `xlstm` package that it wraps.
+WRAPPED = ("_xlstm_config", "xlstm_cfg")
+
+
 def config_from_yaml(config: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from a `config.yaml` of the `xlstm` package, for either of its models."""
+    """Native fields from a `config.yaml` of the `xlstm` package, for either of its models.
+
+    Raises:
+        ValueError: it is no configuration, lacks a field, or is of a variant that this package does not have.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"The configuration must be a mapping of fields, got {type(config).__name__}.")
     is_large = not {"model", "mlstm_block", "slstm_block"} & config.keys()
     return config_from_large(config) if is_large else config_from_xlstm(config)
 
 
 def config_from_xlstm(config: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from those of `xLSTMLMModelConfig`, as the `config.yaml` of Helibrunna has them. What is not given
+    """Native fields from those of `xLSTMLMModelConfig`, as the `config.yaml` of Helibrunna has them. What is not given
     has the default of the `xlstm` package.
 
     Raises:
-        ValueError: it is a variant that this package does not have.
+        ValueError: a field is missing, or it is a variant that this package does not have.
     """
     config = config.get("model", config)
+    _require_fields(config, ("num_blocks", "embedding_dim", "vocab_size"))
     mlstm_block, slstm_block = config.get("mlstm_block"), config.get("slstm_block")
     depth, width, slstm_at = config["num_blocks"], config["embedding_dim"], config.get("slstm_at", [])
     if mlstm_block is None and slstm_block is None:
@@ -61,7 +85,7 @@ def config_from_xlstm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_xlstm(config, slstm_backend: str = "vanilla") -> dict[str, Any]:
-    """The fields of `xLSTMLMModelConfig` from our configuration.
+    """The fields of `xLSTMLMModelConfig` from a native configuration.
 
     Raises:
         ValueError: the package does not have such a model.
@@ -135,26 +159,40 @@ LARGE_FIELDS = (
 
 
 def config_from_large(config: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from those of `xLSTMLargeConfig`."""
-    defaults = {"ffn_proj_factor": 2.6667}
-    fields = {name: config[name] for name in LARGE_FIELDS if name in config}
+    """Native fields from those of `xLSTMLargeConfig`. Raises ValueError if one is missing."""
+    _require_fields(config, ("num_blocks", "embedding_dim", "vocab_size"))
+    fields = {"ffn_proj_factor": 2.6667} | {name: config[name] for name in LARGE_FIELDS if name in config}
+    # with `use_bias`, all its norms have one
+    fields["out_norm_bias"] = bool(config.get("use_bias", False) and config.get("add_out_norm", True))
     sizes = {"model_type": "xlstm", "hidden_size": config["embedding_dim"], "num_hidden_layers": config["num_blocks"]}
-    return defaults | fields | sizes
+    return fields | sizes
 
 
 def config_to_large(config, weight_mode: str = "single") -> dict[str, Any]:
-    """The fields of `xLSTMLargeConfig` from our configuration. Raises ValueError if it does not have such a model."""
-    _require(config, {"block_family": "large", "layer_types": None, "tie_word_embeddings": False}, "xlstm_large")
-    if config.use_bias:  # its last norm has one too, then
-        _require(config, {"add_out_norm": False}, "xlstm_large")
+    """The fields of `xLSTMLargeConfig` from a native configuration.
+
+    Raises:
+        ValueError: `xLSTMLarge` has no such model.
+    """
+    bias = config.use_bias and config.add_out_norm
+    fixed = {"block_family": "large", "tie_word_embeddings": False, "out_norm_bias": bias}
+    _require(config, fixed, "xlstm_large")
+    if "slstm" in config.layers_block_type:
+        raise ValueError(f"`xlstm_large` has no model with `layer_types`={config.layer_types}, only mLSTM blocks.")
     sizes = {"embedding_dim": config.hidden_size, "num_blocks": config.num_hidden_layers}
     return sizes | {name: getattr(config, name) for name in LARGE_FIELDS} | {"weight_mode": weight_mode}
 
 
+def is_wrapper(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of the `xlstm` package wrapped into a Transformers model."""
+    return any(isinstance(config.get(name), dict) for name in WRAPPED)
+
+
 def config_from_wrapper(config: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from a `config.json` for the `xlstm` package wrapped into a Transformers model. Unless it says
+    """Native fields from a `config.json` for the `xlstm` package wrapped into a Transformers model. Unless it says
     otherwise its head is tied, as Transformers 4 did by default."""
-    fields = config_from_xlstm({"tie_weights": True, "vocab_size": config.get("vocab_size")} | config["_xlstm_config"])
+    wrapped = next(config[name] for name in WRAPPED if isinstance(config.get(name), dict))
+    fields = config_from_xlstm({"tie_weights": True, "vocab_size": config.get("vocab_size")} | wrapped)
     names = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
     return fields | {name: config[name] for name in names if config.get(name) is not None}
 
@@ -179,6 +217,62 @@ def _projected_width(hidden_size: int, factor: float, fields: dict[str, Any]) ->
     multiple = fields.get("round_proj_up_to_multiple_of", 64)
     rounded = math.ceil if fields.get("round_proj_up_dim_up", True) else math.floor
     return rounded(fields.get("proj_factor", factor) * hidden_size / multiple) * multiple
+
+
+def refuse_other_models(config, fields: dict[str, Any]) -> None:
+    """Checks fields of other implementations that are not fields here: they must describe the model that `config`
+    describes without them.
+
+    Raises:
+        ValueError: a field describes another model (the message names it).
+    """
+    for name, instead in INSTEAD.items():
+        if fields.get(name) is not None:
+            raise ValueError(f"`{name}` is a field of the `xlstm` package and has no effect here: {instead}.")
+    paper = config.block_family == "paper"
+    activations = ("gelu",) if paper else ("silu", "swish")
+    implied = {
+        "act_fn": activations,
+        "hidden_act": activations,
+        "ff_type": ("ffn_gated",),
+        "function": ("slstm",),
+        "norm_type": ("layernorm",) if paper else ("rmsnorm",),
+        "cell_norm_eps": (config.norm_eps,),
+        "add_qk_norm": (False,),
+        "add_post_norm": (False,),
+        "add_embedding_dropout": (False,),
+        "gate_linear_headwise": (False,),
+        "group_norm_weight": (True,),
+        "gradient_recurrent_cut": (False,),
+        "head_dim": (config.v_head_dim, config.slstm_head_dim),
+        "intermediate_size": (config.ffn_dim,),
+    }
+    for name, values in implied.items():
+        value = fields.get(name)
+        if value is not None and value not in values:
+            rest = " or ".join(repr(x) for x in dict.fromkeys(values))
+            raise ValueError(f"`{name}`={value!r} describes another model than this one, in which it is {rest}.")
+    multiple = fields.get("mlstm_round_up_to_multiple_of") or 1
+    if not paper and (config.qk_dim % multiple or config.v_dim % multiple):
+        widths = f"{config.qk_dim} and {config.v_dim}"
+        raise ValueError(f"`mlstm_round_up_to_multiple_of`={multiple} does not divide `qk_dim` and `v_dim`, {widths}.")
+
+
+# Fields of the `xlstm` package that a flat configuration cannot have, and what to use.
+INSTEAD = {
+    "mlstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "slstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "conv1d_kernel_size": "use `mlstm_conv_kernel_size` and `slstm_conv_kernel_size`",
+    "proj_factor": "use `mlstm_inner_dim` and `ffn_proj_factor`",
+    "round_proj_up_to_multiple_of": "use `mlstm_inner_dim` and `ffn_round_up_to_multiple_of`",
+    "recurrent_weight_init": "use `slstm_recurrent_init`",
+}
+
+
+def _require_fields(config: dict[str, Any], names: tuple[str, ...]) -> None:
+    lacks = [name for name in names if config.get(name) is None]
+    if lacks:
+        raise ValueError(f"The configuration lacks {', '.join(f'`{name}`' for name in lacks)}.")
 
 
 def _require(config, fields: dict[str, Any], layout: str) -> None:

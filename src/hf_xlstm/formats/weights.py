@@ -1,4 +1,6 @@
-"""How other implementations name and shape the parameters of an xLSTM, and what they call its dimensions.
+"""Names and shapes of an xLSTM's parameters in other implementations.
+
+A checkpoint in the layout of this package is native, every other one is foreign.
 
 | layout | written by |
 |---|---|
@@ -11,15 +13,25 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 
+__all__ = [
+    "Layout",
+    "Rule",
+    "check_names",
+    "convert",
+    "drop_tied_head",
+    "rules_from_foreign",
+    "weights_from_foreign",
+    "weights_to_foreign",
+]
+
 Tensors = tuple[torch.Tensor, ...]
 
-# Our modules, inside of a block or outside, and theirs. The maps that feed the sLSTM's input and forget gate go by
-# each other's name in the `xlstm` package and in TiRex.
+# Native module names, inside of a block or outside, and foreign ones. The `xlstm` package and TiRex call the map that
+# feeds the sLSTM's input gate `fgate` and the one that feeds the forget gate `igate`.
 SLSTM_MODULES = {
     "slstm_layer.igate": "slstm_layer.fgate",
     "slstm_layer.fgate": "slstm_layer.igate",
@@ -49,13 +61,13 @@ MODULES = {
         "slstm_layer.conv": "xlstm.conv1d.conv",
         "slstm_layer.zgate": "xlstm.zgate",
         "slstm_layer.ogate": "xlstm.ogate",
-        **{ours: theirs.replace("slstm_layer", "xlstm") for ours, theirs in SLSTM_MODULES.items()},
+        **{native: foreign.replace("slstm_layer", "xlstm") for native, foreign in SLSTM_MODULES.items()},
     },
     "tirex": SLSTM_MODULES | {"backbone.blocks": "blocks", "backbone.out_norm": "out_norm"},
 }
 SLSTM_CELL = {"recurrent_weight": "slstm_cell._recurrent_kernel_", "bias": "slstm_cell._bias_"}
-# the parts of a fused weight, one below the other
-FUSED = {
+# Joined weights (`weight_mode="fused"` in the configuration), and their parts, one below the other.
+JOINED = {
     "mlstm_layer.qkv_opreact": ["mlstm_layer.q", "mlstm_layer.k", "mlstm_layer.v", "mlstm_layer.ogate_preact"],
     "mlstm_layer.ifgate_preact": ["mlstm_layer.igate_preact", "mlstm_layer.fgate_preact"],
     "ffn.proj_up_gate_z": ["ffn.proj_up_gate", "ffn.proj_up"],
@@ -64,30 +76,36 @@ FUSED = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of another layout and our parameters that hold the same numbers, with the way there and back."""
+    """Foreign tensors and the native parameters that hold the same numbers, with the way there and back.
 
-    theirs: tuple[str, ...]
-    ours: tuple[str, ...]
-    to_ours: Callable[..., Tensors] = lambda *x: x
-    to_theirs: Callable[..., Tensors] = lambda *x: x
+    Args:
+        foreign, native: names of the tensors on either side.
+        to_native, to_foreign: functions from the tensors of one side to those of the other.
+    """
+
+    foreign: tuple[str, ...]
+    native: tuple[str, ...]
+    to_native: Callable[..., Tensors] = lambda *x: x
+    to_foreign: Callable[..., Tensors] = lambda *x: x
 
 
 @dataclass(frozen=True)
 class Layout:
-    """
+    """Names and arrangement of the tensors of one implementation.
+
     Args:
         name: a key of MODULES.
         prefix: in front of all names but that of the head.
-        fused: q, k, v and output gate, the two gates of the mLSTM, and the two maps into the feed-forward layer are
+        joined: q, k, v and output gate, the two gates of the mLSTM, and the two maps into the feed-forward layer are
             one matrix each (`hf_xlstm` and `xlstm_large`).
-        slstm_backend: `"vanilla"` or `"cuda"`, which arrange the weights of the sLSTM cell differently. This is for
-            writing; their shapes tell them apart.
+        slstm_backend: `"vanilla"` or `"cuda"`, the backend of the `xlstm` package to write sLSTM cells for, which
+            arrange their weights differently. Reading does not look at it: the shapes say which one wrote them.
         group_norm_weight: the norm of the sLSTM layer has a weight (`xlstm`).
     """
 
     name: str
     prefix: str = ""
-    fused: bool = False
+    joined: bool = False
     slstm_backend: str = "vanilla"
     group_norm_weight: bool = True
 
@@ -97,15 +115,15 @@ class Layout:
         names = list(names)
         if any(".slstm_layer.slstm_cell." in name for name in names):
             return cls("tirex", "block_stack." if any(name.startswith("block_stack.") for name in names) else "")
-        if any("xlstm_block_stack." in name for name in names):
-            prefix = "model." if any(name.startswith("model.") for name in names) else ""
+        stack = next((name for name in names if "xlstm_block_stack." in name), None)
+        if stack is not None:
             group_norm_weight = any(name.endswith(".group_norm.weight") for name in names)
-            return cls("xlstm", prefix, group_norm_weight=group_norm_weight)
-        fused = any(f".{module}." in name for name in names for module in FUSED)
-        return cls("xlstm_large" if "embedding.weight" in names else "hf_xlstm", fused=fused)
+            return cls("xlstm", stack.partition("xlstm_block_stack.")[0], group_norm_weight=group_norm_weight)
+        joined = any(f".{module}." in name for name in names for module in JOINED)
+        return cls("xlstm_large" if "embedding.weight" in names else "hf_xlstm", joined=joined)
 
-    def their_name(self, name: str) -> str:
-        """What our parameter is called there."""
+    def foreign_name(self, name: str) -> str:
+        """The name of a native parameter in this layout."""
         modules = MODULES[self.name]
         stack, index, inner = re.fullmatch(r"(?:(backbone\.blocks)(\.\d+\.))?(.+)", name).groups()
         module, _, kind = inner.rpartition(".")
@@ -117,53 +135,60 @@ class Layout:
         return name if module == "lm_head" else self.prefix + name
 
     def rules(self, names: Iterable[str], config) -> list[Rule]:
-        """A rule for each of our parameters, named as in `xLSTMForCausalLM`, or for several that are one there."""
-        return [rule for name in names for rule in self._rules(name, config)]
+        """Rules that cover the native parameters `names`, named as in `xLSTMForCausalLM`.
 
-    def _rules(self, name: str, config) -> list[Rule]:
-        module, _, kind = name.rpartition(".")
-        block, inner = re.fullmatch(r"((?:backbone\.blocks\.\d+\.)?)(.+)", module).groups()
-        for whole, parts in FUSED.items() if self.fused else ():
-            if inner in parts:
-                theirs, ours = self.their_name(f"{block}{whole}.{kind}"), [f"{block}{part}.{kind}" for part in parts]
-                rule = Rule((theirs,), tuple(ours), partial(split_rows, fused_sizes(config)[whole]), join_rows)
-                return [rule] if inner == parts[0] else []
-        theirs = (self.their_name(name),)
-        if inner == "slstm_layer" and self.name in ("xlstm", "tirex"):
-            if kind == "bias":  # with the recurrent weight, whose shape says how it is arranged
-                return []
-            ours = (name, f"{module}.bias")
-            theirs = tuple(self.their_name(x) for x in ours)
-            cuda = self.name == "tirex" or self.slstm_backend == "cuda"
-            return [Rule(theirs, ours, slstm_from_theirs, slstm_to_cuda if cuda else slstm_to_vanilla)]
-        if inner == "slstm_layer.multihead_norm" and self.name == "tirex":
-            return [Rule(theirs, (name,), lambda w: (1 + w,), lambda w: (w - 1,))]
-        if inner == "slstm_layer.multihead_norm" and not self.group_norm_weight:
-            return [Rule((), (name,), lambda: (torch.zeros(config.hidden_size),), lambda w: ())]
-        if kind == "bias" and inner.endswith(("q_proj", "k_proj", "v_proj")):
-            return [Rule(theirs, (name,), lambda b: (b.view(-1, config.qkv_block_size),), lambda b: (b.flatten(),))]
-        return [Rule(theirs, (name,))]
+        Several parameters that depend on the same foreign tensors share a rule: it stands where the first one is.
+        """
+        rules = {}
+        for name in names:
+            rule = self._rule(name, config)
+            rules.setdefault(rule.native, rule)
+        return list(rules.values())
+
+    def _rule(self, name: str, config) -> Rule:
+        """The rule that has `name` among its native parameters."""
+        block, module, kind = re.fullmatch(r"(backbone\.blocks\.\d+\.)?(.+)\.(\w+)", name).groups(default="")
+        joined = next((whole for whole, parts in JOINED.items() if self.joined and module in parts), None)
+        if joined is not None:
+            return self._joined_rule(block, joined, kind, config)
+        if module == "slstm_layer" and self.name in ("xlstm", "tirex"):
+            return self._slstm_cell_rule(block)
+        foreign, native = (self.foreign_name(name),), (name,)
+        if module == "slstm_layer.multihead_norm" and self.name == "tirex":  # its factor is 1 + weight
+            return Rule(foreign, native, lambda weight: (1 + weight,), lambda weight: (weight - 1,))
+        if module == "slstm_layer.multihead_norm" and not self.group_norm_weight:  # its factor is 1
+            return Rule((), native, lambda: (torch.zeros(config.hidden_size),), lambda weight: ())
+        if kind == "bias" and module.endswith(("q_proj", "k_proj", "v_proj")):  # here a row per block of the map
+            size = config.qkv_block_size
+            return Rule(foreign, native, lambda bias: (bias.view(-1, size),), lambda bias: (bias.flatten(),))
+        return Rule(foreign, native)
+
+    def _joined_rule(self, block: str, module: str, kind: str, config) -> Rule:
+        """The rule for a joined weight or bias, which is split by rows."""
+        sizes = {
+            "mlstm_layer.qkv_opreact": [config.qk_dim] * 2 + [config.v_dim] * 2,
+            "mlstm_layer.ifgate_preact": [config.num_heads] * 2,
+            "ffn.proj_up_gate_z": [config.ffn_dim] * 2,
+        }[module]
+        foreign = self.foreign_name(f"{block}{module}.{kind}")
+        native = tuple(f"{block}{part}.{kind}" for part in JOINED[module])
+        return Rule((foreign,), native, lambda x: x.split(sizes), lambda *parts: (torch.cat(parts),))
+
+    def _slstm_cell_rule(self, block: str) -> Rule:
+        """The rule for recurrent weight and bias together: the shape of the former says how both are arranged."""
+        native = (f"{block}slstm_layer.recurrent_weight", f"{block}slstm_layer.bias")
+        foreign = tuple(self.foreign_name(name) for name in native)
+        to_foreign = slstm_to_cuda if self.name == "tirex" or self.slstm_backend == "cuda" else slstm_to_vanilla
+        return Rule(foreign, native, slstm_from_foreign, to_foreign)
 
 
-def fused_sizes(config) -> dict[str, list[int]]:
-    return {
-        "mlstm_layer.qkv_opreact": [config.qk_dim] * 2 + [config.v_dim] * 2,
-        "mlstm_layer.ifgate_preact": [config.num_heads] * 2,
-        "ffn.proj_up_gate_z": [config.ffn_dim] * 2,
-    }
+def slstm_from_foreign(kernel: torch.Tensor, bias: torch.Tensor) -> Tensors:
+    """Recurrent weight (4, H, D_out, D_in) and bias (4, H, D) of an sLSTM cell of the `xlstm` package.
 
-
-def split_rows(sizes: list[int], whole: torch.Tensor) -> Tensors:
-    return whole.split(sizes)
-
-
-def join_rows(*parts: torch.Tensor) -> Tensors:
-    return (torch.cat(parts),)
-
-
-def slstm_from_theirs(kernel: torch.Tensor, bias: torch.Tensor) -> Tensors:
-    """Recurrent weight (4, H, D_out, D_in) and bias (4, H, D): from (H, 4 D_out, D_in) and [gate][head][unit], or from
-    (H, D_in, 4 D_out) and [head][gate][unit]."""
+    Args:
+        kernel, bias: of the backend `vanilla` (H, 4 D_out, D_in) and [gate][head][unit], or of the backend `cuda`
+            (H, D_in, 4 D_out) and [head][gate][unit].
+    """
     heads, rows, columns = kernel.shape
     if rows == 4 * columns:
         return kernel.unflatten(1, (4, columns)).transpose(0, 1), bias.view(4, heads, columns)
@@ -171,10 +196,12 @@ def slstm_from_theirs(kernel: torch.Tensor, bias: torch.Tensor) -> Tensors:
 
 
 def slstm_to_vanilla(weight: torch.Tensor, bias: torch.Tensor) -> Tensors:
+    """The kernel (H, 4 D_out, D_in) and the bias, [gate][head][unit], for the backend `vanilla`."""
     return weight.transpose(0, 1).flatten(1, 2), bias.flatten()
 
 
 def slstm_to_cuda(weight: torch.Tensor, bias: torch.Tensor) -> Tensors:
+    """The kernel (H, D_in, 4 D_out) and the bias, [head][gate][unit], for the backend `cuda`."""
     return weight.permute(1, 3, 0, 2).flatten(2, 3), bias.transpose(0, 1).flatten()
 
 
@@ -190,8 +217,8 @@ def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
         raise ValueError(f"The checkpoint {' and '.join(problems)}.")
 
 
-def apply(function: Callable[..., Tensors], names: tuple[str, ...], tensors: Iterable[torch.Tensor]) -> Tensors:
-    """`function` of a rule; raises ValueError naming the tensors if it is not made for their shapes."""
+def convert(function: Callable[..., Tensors], names: tuple[str, ...], tensors: Iterable[torch.Tensor]) -> Tensors:
+    """The tensors that a function of a rule makes. Raises ValueError naming the tensors if their shapes do not fit."""
     tensors = list(tensors)
     try:
         return function(*tensors)
@@ -201,34 +228,51 @@ def apply(function: Callable[..., Tensors], names: tuple[str, ...], tensors: Ite
 
 
 def drop_tied_head(names: Iterable[str], read: Callable[[str], torch.Tensor], layout: Layout) -> list[str]:
-    """Their names without the head of a tied model, which may be stored twice. Raises ValueError if the head is not
-    the embedding after all."""
-    embedding = layout.their_name("backbone.embeddings.weight")
+    """The foreign names without the head of a tied model, which may be stored twice.
+
+    Raises:
+        ValueError: the head is not equal to the embedding.
+    """
+    embedding = layout.foreign_name("backbone.embeddings.weight")
     if {"lm_head.weight", embedding} <= set(names) and not torch.equal(read("lm_head.weight"), read(embedding)):
         raise ValueError(f"The configuration ties lm_head.weight to {embedding}, but they differ.")
     return [name for name in names if name != "lm_head.weight"]
 
 
-def weights_from_theirs(weights: dict[str, torch.Tensor], names: Iterable[str], config) -> dict[str, torch.Tensor]:
-    """A checkpoint in another layout, as the parameters `names` of an `xLSTMForCausalLM`."""
-    layout = Layout.of(weights)
-    theirs = weights.keys()
+def rules_from_foreign(
+    found: Iterable[str], read: Callable[[str], torch.Tensor], names: Iterable[str], config
+) -> list[Rule]:
+    """The rules that make the native parameters `names` from a foreign checkpoint.
+
+    Args:
+        found: names of the tensors in the checkpoint.
+        read: gives one of them.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors or has unknown ones (the message names them).
+    """
+    layout = Layout.of(found)
     if config.tie_word_embeddings:
         names = [name for name in names if name != "lm_head.weight"]
-        theirs = drop_tied_head(theirs, weights.__getitem__, layout)
+        found = drop_tied_head(found, read, layout)
     rules = layout.rules(names, config)
-    check_names([name for rule in rules for name in rule.theirs], theirs)
+    check_names([name for rule in rules for name in rule.foreign], found)
+    return rules
+
+
+def weights_from_foreign(weights: dict[str, torch.Tensor], names: Iterable[str], config) -> dict[str, torch.Tensor]:
+    """The native parameters `names`, named as in `xLSTMForCausalLM`, from the tensors of a foreign checkpoint."""
     converted = {}
-    for rule in rules:
-        tensors = apply(rule.to_ours, rule.theirs, [weights[name] for name in rule.theirs])
-        converted |= zip(rule.ours, (x.contiguous() for x in tensors), strict=True)
+    for rule in rules_from_foreign(weights.keys(), weights.__getitem__, names, config):
+        tensors = convert(rule.to_native, rule.foreign, [weights[name] for name in rule.foreign])
+        converted |= zip(rule.native, (x.contiguous() for x in tensors), strict=True)
     return converted
 
 
-def weights_to_theirs(weights: dict[str, torch.Tensor], layout: Layout, config) -> dict[str, torch.Tensor]:
-    """Parameters of an `xLSTMForCausalLM`, or some of them, in another layout."""
+def weights_to_foreign(weights: dict[str, torch.Tensor], layout: Layout, config) -> dict[str, torch.Tensor]:
+    """The tensors of a foreign layout from native parameters, named as in `xLSTMForCausalLM`, or some of them."""
     converted = {}
     for rule in layout.rules(weights, config):
-        tensors = apply(rule.to_theirs, rule.ours, [weights[name] for name in rule.ours])
-        converted |= zip(rule.theirs, (x.contiguous() for x in tensors), strict=True)
+        tensors = convert(rule.to_foreign, rule.native, [weights[name] for name in rule.native])
+        converted |= zip(rule.foreign, (x.contiguous() for x in tensors), strict=True)
     return converted

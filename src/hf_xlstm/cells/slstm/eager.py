@@ -14,6 +14,7 @@ operations around it. Traced by a compiler, the loop would be unrolled anew for 
 passes are custom ops.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 # Steps whose backward coefficients are computed at once: enough to amortise the calls, few enough to stay in cache.
 TILE = 64
-# Of the operators: "hf_xlstm", but a copy of this file beside a checkpoint must not replace them, and has its own.
-NAMESPACE = __package__.removesuffix(".cells.slstm").replace(".", "_")
+# The operators' namespace: "hf_xlstm" here. A copy of this file beside a checkpoint has one of its own, named after
+# the directory, which may have characters that a namespace cannot have.
+NAMESPACE = re.sub(r"[^0-9A-Za-z_]", lambda x: f"_{ord(x[0]):x}_", __package__.removesuffix(".cells.slstm"))
 
 
 class Schedule(NamedTuple):
