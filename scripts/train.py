@@ -409,7 +409,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    args = parse_arguments()
+    return run(parse_arguments())
+
+
+def run(args: argparse.Namespace) -> int:
+    """A whole training, from its options to its results; the exit status."""
     if args.bf16 is None:
         args.bf16 = choose_bf16(args.output)
     arguments = training_arguments(args)
@@ -470,7 +474,7 @@ def train(
 
     # a glance at the held-out text while training: the beginnings of up to eight documents
     glance = [text[:8_000] for text in corpus.heldout[:: math.ceil(len(corpus.heldout) / 8)]]
-    run = Run(
+    control = Run(
         budget,
         evaluate=partial(bits_per_byte, tokenizer=tokenizer, documents=glance),
         evaluations=args.evaluations,
@@ -478,7 +482,9 @@ def train(
         progress=progress,
         tokens_per_step=tokens_per_step,
     )
-    trainer = RunTrainer(model, arguments, train_dataset=data, run=run, schedule=args.schedule, stateful=args.stateful)
+    trainer = RunTrainer(
+        model, arguments, train_dataset=data, run=control, schedule=args.schedule, stateful=args.stateful
+    )
     trainer.remove_callback(ProgressCallback)  # `Run` has a bar
     if checkpoint is not None:
         trainer.load_states(checkpoint)
@@ -486,12 +492,12 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            run.close()
+            control.close()
     steps = progress.steps
-    if run.signal:
+    if control.signal:
         if first:
             print(f"interrupted after step {steps}: the same command goes on from there", file=sys.stderr)
-        return 128 + run.signal
+        return 128 + control.signal
 
     bits = bits_per_byte(trainer.model, tokenizer, corpus.heldout)
     if not math.isfinite(bits):

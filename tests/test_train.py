@@ -4,7 +4,10 @@ import importlib
 import json
 import math
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import torch
 import train
 from common import MIXED, relative_error, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.corpus import (
@@ -317,7 +321,8 @@ def test_ended_run_goes_on_to_the_identical_losses(number, options, data, script
     assert script("--output", output, *command_line)[0] == 0
     torch.set_num_threads(threads)
     assert len(losses(output)) == 8 and losses(output) == losses(tmp_path / "whole")
-    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "whole"))
+    assert all(torch.equal(weights.pop(name), x) for name, x in expected.items()) and not weights
     assert not (output / "checkpoints").exists()
 
 
@@ -459,3 +464,69 @@ def test_goes_on_with_a_model(data, script, tmp_path, monkeypatch):
     second = json.loads((tmp_path / "second" / "metrics.json").read_text())
     assert second["steps"] == 8  # of 128 tokens
     assert second["heldout_curve"][0][1] == pytest.approx(first["bits_per_byte"], rel=1e-5)
+
+
+# ---- docs/training.md
+
+
+def documented() -> list[list[str]]:
+    """The commands of the page, without `torchrun` and the name of the script."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+    return [command[command.index("scripts/train.py") + 1 :] for command in commands]
+
+
+@pytest.mark.slow
+def test_documented_commands_at_small_size(tmp_path, monkeypatch):
+    """Every command as it stands, but for the sizes, the number of steps and the data set of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "notes.txt", "law.txt"):
+        write(tmp_path / name, VERSE * 40)
+    for name, field in {"pages.jsonl": "body", "crawl.jsonl": "text"}.items():
+        write(tmp_path / name, "\n".join(json.dumps({field: VERSE}) for _ in range(40)))
+    write(tmp_path / "law.txt", VERSE * 40)
+    for arguments in documented():
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        args = train.parse_arguments()
+        if args.size:
+            args.size, args.hidden_size, args.num_layers, args.num_heads = None, 32, 2, 2
+        args.minutes, args.tokens, args.steps = None, None, 2
+        args.sequence_length, args.batch_size, args.bf16, args.report_to = 16, 2, False, []
+        args.vocab_size = None if args.tokenizer or args.model else 280
+        if args.dataset:
+            args.dataset, args.data = None, [Path("book.txt")]
+        args.trainer.pop("fsdp", None)  # for several processes
+        assert train.run(args) == 0, arguments
+        assert (args.output / "model.safetensors").exists()
+
+
+def test_documented_options_are_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "notes.txt", "law.txt", "pages.jsonl", "crawl.jsonl"):
+        write(tmp_path / name, "x")
+    commands = documented()
+    assert len(commands) >= 6
+    for arguments in commands:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        assert train.parse_arguments().output.parts[0] == "runs"
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_go_on(data, tmp_path):
+    """DDP: both agree on when to save and to stop, and the same command goes on to the identical losses."""
+    script = Path(train.__file__)
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command_line += [script, "--data", data, "--steps", "6", "--checkpoint-minutes", "1e-9", *SIZE.split()]
+    command_line += ["--trainer", "logging_steps=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command_line, "--output", whole], check=True, env=environment)
+    with subprocess.Popen([*command_line, "--output", cut], env=environment) as process:
+        while not list(cut.glob("checkpoints/checkpoint-3/progress.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode != 0 and not (cut / "config.json").exists()
+    subprocess.run([*command_line, "--output", cut], check=True, env=environment)
+    assert losses(cut) == losses(whole) and len(losses(cut)) == 6
