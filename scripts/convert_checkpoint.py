@@ -1,8 +1,8 @@
 """Converts a checkpoint of another xLSTM implementation to the format of this package, or back."""
 
 import argparse
-import sys
 
+from helpers.errors import UserError, command
 from hf_xlstm.conversion import FORMATS, convert_checkpoint
 
 
@@ -35,11 +35,10 @@ def main() -> None:
             max_shard_size=int(args.max_shard_size * 1e9),
             verify=not args.no_verify,
         )
-    except (OSError, ValueError) as error:
-        print(f"convert_checkpoint.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     print(f"{args.target}: {report}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

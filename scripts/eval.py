@@ -7,14 +7,17 @@ Writes what it measures to evaluation.json in the model's directory, from where 
 
 import argparse
 import json
+import math
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_xlstm  # noqa: F401  registers the model
 from helpers.bits_per_byte import bits_per_byte
 from helpers.corpus import num_bytes
+from helpers.errors import UserError, command, need, read_text
+from helpers.models import load_model, load_tokenizer
 from helpers.report import results_table
+from hf_xlstm.files import write_text
 
 
 def evaluate_texts(
@@ -23,7 +26,7 @@ def evaluate_texts(
     """One result for each file, which is one document."""
     results = []
     for file in files:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         bits = bits_per_byte(model, tokenizer, [text], batch_size=batch_size)
         results.append({"task": file.name, "metric": "bits_per_byte", "value": bits, "bytes": num_bytes([text])})
     return results
@@ -31,6 +34,7 @@ def evaluate_texts(
 
 def evaluate_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
     """One result for each task and metric, by the harness's `hf` backend."""
+    need("lm_eval", "eval")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -81,21 +85,31 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("nothing to evaluate: give --texts or --tasks")
     if args.output is None and not Path(args.model).is_dir():
         parser.error("--output is needed for a model that is not a directory")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     output = args.output or Path(args.model, "evaluation.json")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto").eval()
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output} is not a file in a directory that exists")
+    for file in args.texts:
+        read_text(file)
+    if args.tasks:
+        need("lm_eval", "eval")
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model, device_map="auto").eval()
     results = evaluate_texts(model, tokenizer, args.texts, args.batch_size)
     if args.tasks:
         results += evaluate_tasks(model, tokenizer, args)
 
-    output.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(results_table(results))
+    lost = [f"{result['task']} {result['metric']}" for result in results if not math.isfinite(result["value"])]
+    if lost:
+        raise UserError(f"not finite, so that nothing is written: {', '.join(lost)}")
+    write_text(output, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

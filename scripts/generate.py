@@ -6,10 +6,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+from transformers import PreTrainedModel, TextStreamer, set_seed
 
-import hf_xlstm  # noqa: F401  (registers xLSTM with the Auto classes)
+from helpers.errors import UserError, command
+from helpers.models import load_model, load_tokenizer
 from helpers.report import markdown_table
+from hf_xlstm.files import write_text
 
 
 PREFILL_WINDOW = 512  # tokens per forward pass while reading a context, which bounds the memory of prefill
@@ -72,15 +74,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling (%(default)s)")
     add("--contexts", type=int, nargs="+", metavar="LENGTH", help="also measure decoding after contexts this long")
     add("--report", type=Path, metavar="FILE", help="append text and measurements to this Markdown file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must be 0 or more, --top-p above 0 and at most 1")
+    if args.contexts and min(args.contexts) < 1:
+        parser.error("--contexts must be at least 1")
+    if args.report and not args.report.parent.is_dir():
+        parser.error(f"--report: {args.report.parent} is no directory")
+    return args
 
 
 def main() -> None:
     args = parse_arguments()
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise UserError("--prompt is empty, and the tokenizer has no BOS token to begin with")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     streamer = Recorder(tokenizer, skip_special_tokens=True)
     model.generate(
@@ -95,9 +107,9 @@ def main() -> None:
         print(f"\n{table}")
         report += f"\n## Cost at short and long context\n\n{table}\n"
     if args.report:
-        with args.report.open("a", encoding="utf-8") as file:
-            file.write(report)
+        before = args.report.read_text(encoding="utf-8") if args.report.exists() else ""
+        write_text(args.report, before + report)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -7,14 +7,14 @@ import argparse
 import json
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-import hf_xlstm  # noqa: F401  registers the model
+from helpers.errors import UserError, command, read_text
+from helpers.models import load_model, load_tokenizer
 from helpers.report import markdown_table, results_table
 from hf_xlstm.hub import describe, save_self_contained
 
@@ -77,28 +77,27 @@ def eval_result(result: dict) -> EvalResult:
     )
 
 
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-
-
 def prepare(run: Path, directory: Path, repo_id: str, license: str, language: str) -> ModelCard:
     """Lays out in `directory` what is to be published: of the run, only what belongs into a repository."""
-    metrics = read_json(run / "metrics.json")
-    measured = run / "evaluation.json"
+    model, tokenizer = load_model(run), load_tokenizer(run)
+    metrics, measured = read_json(run / "metrics.json"), run / "evaluation.json"
     evaluation = read_json(measured) if measured.exists() else []
-    model = AutoModelForCausalLM.from_pretrained(run)
     try:
         card = model_card(model, metrics, evaluation, repo_id, license, language)
     except KeyError as error:
-        raise ValueError(f"metrics.json or evaluation.json in {run} lacks {error}.") from error
-    save_self_contained(model, directory, AutoTokenizer.from_pretrained(run), card=str(card))
+        raise UserError(f"metrics.json or evaluation.json in {run} lacks {error}") from error
+    save_self_contained(model, directory, tokenizer, card=str(card))
     for file in run.glob("*.json"):
         if file.name in ("metrics.json", "evaluation.json"):
             shutil.copy(file, directory)
     return card
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def main() -> None:
@@ -113,11 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.run.is_dir():
         parser.error(f"{args.run} is not a directory")
-    try:
-        publish(args)
-    except (OSError, ValueError) as error:
-        print(f"push_to_hub.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    publish(args)
 
 
 def publish(args: argparse.Namespace) -> None:
@@ -138,4 +133,4 @@ def publish(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

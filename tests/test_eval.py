@@ -78,7 +78,9 @@ def test_texts(directory, byte_tokenizer, tmp_path, monkeypatch):
     for count, file in enumerate(files, start=1):
         file.write_text(TEXT * count, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["eval.py", str(directory), "--texts", *map(str, files)])
-    runpy.run_path(str(EVAL), run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EVAL), run_name="__main__")
+    assert not end.value.code
     results = json.loads((directory / "evaluation.json").read_text())
     model = tiny_model(vocab_size=259, layer_types=MIXED)
     for count, (file, result) in enumerate(zip(files, results, strict=True), start=1):

@@ -1,4 +1,3 @@
-import itertools
 import json
 import lzma
 import math
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from train import TimeBudget, build_model, parse_arguments, train, train_tokenizer, windows
+from train import train_tokenizer
 
 from helpers.bits_per_byte import bits_per_byte
-from helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, split_tail, state_of_the_union, text_files
+from helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, state_of_the_union
 from helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 
@@ -87,40 +86,6 @@ def test_heldout_speeches_are_later_than_all_others():
     assert not trained_on & {paragraph for text in corpus.heldout for paragraph in text.split("\n\n")}
 
 
-@pytest.mark.parametrize("text", ["", "a", "no line break " * 20, VERSE * 20, "one line\n" + "x" * 200])
-def test_split_tail(text):
-    head, tail = split_tail(text)
-    assert head + tail == text
-    assert len(tail) >= 0.05 * len(text)
-    assert not head or not tail or head.endswith("\n") or "\n" not in text
-
-
-def test_text_files(tmp_path):
-    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for path, text in zip(paths, [VERSE * 20, "Größe\n" * 100], strict=True):
-        path.write_text(text, encoding="utf-8")
-    corpus = text_files(paths)
-    assert [head + tail for head, tail in zip(corpus.train, corpus.heldout, strict=True)] == [
-        VERSE * 20,
-        "Größe\n" * 100,
-    ]
-    assert num_bytes(corpus.train) + num_bytes(corpus.heldout) == len((VERSE * 20).encode()) + 800
-    given = text_files(paths[:1], heldout_paths=paths[1:])
-    assert (given.train, given.heldout) == ([VERSE * 20], ["Größe\n" * 100])
-
-
-def test_tokenizer_is_lossless_and_windows_are_the_whole_text():
-    documents = [VERSE * 5, "second document"]
-    tokenizer = train_tokenizer(documents, vocab_size=300)
-    unseen = "  Ünïcödé, 你好 🙂\tand\r\n\x00 spaces  "
-    ids = tokenizer(unseen).input_ids
-    assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == unseen
-    stream = windows(tokenizer, documents, length=3).flatten()
-    text = tokenizer.decode(stream)
-    assert ("<|bos|>" + "<|eos|><|bos|>".join(documents) + "<|eos|>").startswith(text)
-    assert stream.shape[0] > 0 and "second" in text
-
-
 @pytest.fixture(scope="module")
 def tiny():
     tokenizer = train_tokenizer([VERSE * 5], vocab_size=300)
@@ -148,35 +113,6 @@ def test_bits_per_byte_is_the_cost_of_whole_documents(tiny, window, batch_size):
         nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     expected = nats / math.log(2) / num_bytes(documents)
     assert bits_per_byte(model, tokenizer, documents, window, batch_size) == pytest.approx(expected, rel=1e-5)
-
-
-def test_learning_rate_follows_the_clock():
-    now = 100.0
-    budget = TimeBudget(seconds=60, evaluate=lambda: 0.0, clock=lambda: now)
-    assert budget.learning_rate_factor(0) == 0
-    budget.start = now
-    factors = []
-    for now in range(100, 171):  # noqa: B007 (the clock reads it)
-        factors.append(budget.learning_rate_factor(0))
-    assert factors[0] == 0 and max(factors) > 0.99
-    assert factors[30] == pytest.approx(0.5)
-    assert factors[60:] == [0] * 11
-
-
-def test_training_learns_and_stops_in_time(tmp_path, monkeypatch):
-    options = "--vocab-size 280 --hidden-size 32 --num-layers 2 --num-heads 2 --sequence-length 32 --batch-size 4"
-    monkeypatch.setattr(sys, "argv", ["train.py", "--output", str(tmp_path), *options.split()])
-    args = parse_arguments()
-    tokenizer = train_tokenizer([VERSE], args.vocab_size)
-    torch.manual_seed(0)
-    model = build_model(args, tokenizer)
-    assert model.config.layer_types == ["mlstm", "slstm"]
-    budget = TimeBudget(60, lambda: bits_per_byte(model, tokenizer, [VERSE]), clock=itertools.count().__next__)
-    steps = train(model, windows(tokenizer, [VERSE * 40], args.sequence_length), budget, args)
-    assert 10 <= steps <= 60  # the clock goes on by a second whenever it is read
-    losses = [bits for _, bits in budget.heldout_curve]
-    assert len(losses) > 5 and losses[-1] < 0.9 * losses[0]
-    assert budget.train_curve[-1][1] < budget.train_curve[0][1]
 
 
 def test_train_and_generate(tmp_path):

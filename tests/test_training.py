@@ -8,7 +8,8 @@ from common import MIXED, VOCAB_SIZE, relative_error, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm import weight_decay_groups, xLSTMForCausalLM
+from hf_xlstm.configuration_xlstm import PAPER_FIELDS
 from hf_xlstm.modeling_xlstm import causal_lm_loss
 
 
@@ -147,6 +148,61 @@ def test_resume(setting, tmp_path):
     assert losses(resumed)[5:] == losses(whole)[5:]
     for x, y in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["large", "paper"])
+def test_determinism(family, autocast):
+    """What docs/training.md says is bit-equal: the same run twice, and one thread or two; the paper's blocks to 1e-6
+    in float32."""
+
+    def train(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 128, "layer_types": MIXED, "chunk_size": 64}
+        model = xLSTMForCausalLM(tiny_config(**sizes, **(PAPER_FIELDS if family == "paper" else {}))).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for ids in torch.randint(VOCAB_SIZE, (2, 8, 96)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [x.detach() for x in model.parameters()]
+
+    before = torch.get_num_threads()
+    try:
+        one, again, two = train(1), train(1), train(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, again))
+    if family == "large":
+        assert all(map(torch.equal, one, two))
+    else:
+        assert all(relative_error(x, y) < (1e-2 if autocast else 1e-5) for x, y in zip(two, one, strict=True))
+
+
+def is_spared(name: str) -> bool:
+    """What the original implementations do not decay, by the names of the parameters."""
+    return name.endswith((".bias", "learnable_skip")) or "norm" in name
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_bias": True}, {"slstm_conv_kernel_size": 4}, PAPER_FIELDS])
+def test_weight_decay(fields, tmp_path):
+    """No norm, bias or skip is decayed, by Trainer neither but for the paper's skip; the groups have every parameter
+    once, and frozen ones not at all."""
+    model = xLSTMForCausalLM(tiny_config(layer_types=MIXED, **fields))
+    names = [name for name, _ in model.named_parameters()]
+    decayed = {name for name in names if not is_spared(name)}
+    assert 0 < len(decayed) < len(names)
+    by_trainer = set(make_trainer(tmp_path, model).get_decay_parameter_names(model))
+    assert {name for name in by_trainer - decayed if not name.endswith("learnable_skip")} == set()
+    assert decayed <= by_trainer
+    model.lm_head.weight.requires_grad_(False)
+    groups = weight_decay_groups(model, 0.1)
+    by_id = {id(x): name for name, x in model.named_parameters()}
+    found = [{by_id[id(x)] for x in group["params"]} for group in groups]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert found == [decayed - {"lm_head.weight"}, set(names) - decayed]
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_xlstm.integration import CACHE_NAME
+
 from .corpus import num_bytes
 
 
@@ -39,8 +41,8 @@ def bits_per_byte(
         cache = None
         for start in range(0, targets.shape[1], window):
             here = slice(start, min(start + window, targets.shape[1]))
-            outputs = model(ids[:, here], attention_mask=mask[:, here], cache=cache, use_cache=True)
-            cache = outputs.cache
+            outputs = model(ids[:, here], attention_mask=mask[:, here], use_cache=True, **{CACHE_NAME: cache})
+            cache = outputs[CACHE_NAME]
             logits = outputs.logits.float().flatten(0, 1)
             nats += torch.nn.functional.cross_entropy(logits, targets[:, here].flatten(), reduction="sum").item()
     model.train(was_training)

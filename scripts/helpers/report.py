@@ -5,6 +5,8 @@ from pathlib import Path
 
 import matplotlib
 
+from hf_xlstm.files import write_text
+
 
 matplotlib.use("Agg")  # files only, no display needed
 import matplotlib.pyplot as plt
@@ -83,4 +85,4 @@ held-out text, or has compressed the training text before.
 
 {markdown_table(["run", ""], list(facts.items()))}
 """
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)

@@ -22,12 +22,14 @@ from .modeling_xlstm import (
     xLSTMModel,
     xLSTMPreTrainedModel,
 )
+from .optim import weight_decay_groups
 
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LORA_TARGET_MODULES",
+    "weight_decay_groups",
     "xLSTMCache",
     "xLSTMConfig",
     "xLSTMForCausalLM",

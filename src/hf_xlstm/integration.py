@@ -48,6 +48,7 @@ PASSED_TO_EVERY_MODEL = frozenset(TransformersKwargs.__optional_keys__) | {
     "return_dict",
     "shift_labels",
     "token_type_ids",
+    "tokenizer",  # from `generate(stop_strings=..., tokenizer=...)`
 }
 
 

@@ -22,14 +22,12 @@ from .ops import mlstm, slstm
 from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
-class RMSNorm(nn.Module):
-    """RMS norm, computed in float32 and cast back before the weight is applied."""
+class RMSNorm(nn.LayerNorm):
+    """RMS norm, computed in float32 and cast back before the weight is applied. As an `nn.LayerNorm` it is spared
+    Trainer's weight decay."""
 
     def __init__(self, hidden_size: int, eps: float, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
-        self.eps = eps
+        super().__init__(hidden_size, eps=eps, bias=bias)
 
     def initialize(self, config: xLSTMConfig) -> None:
         init_norm(self)

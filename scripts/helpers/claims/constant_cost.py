@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.integration import CACHE_NAME
 
 from .measuring import in_turns, plot, row
 
@@ -32,10 +33,10 @@ def measure(seeds: int, output: Path) -> list[dict]:
         for context in (256, 1024, 4096, 16384):
             seen = 0 if cache is None else cache.get_seq_length()
             prompt = torch.randint(0, 1024, (1, context - seen))
-            cache = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(prompt, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})[CACHE_NAME]
             bytes_[name][context] = _cache_bytes(cache)
             own = copy.deepcopy(cache)
-            steps[context] = lambda model=model, own=own: model(token, past_key_values=own, use_cache=True)
+            steps[context] = lambda model=model, own=own: model(token, use_cache=True, **{CACHE_NAME: own})
         seconds[name] = in_turns(steps, 60)
     plot(output / "constant_cost_time.png", seconds, "context, tokens", "seconds per token", "Time per token")
     plot(output / "constant_cost_memory.png", bytes_, "context, tokens", "bytes", "State of one sequence")

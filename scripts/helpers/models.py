@@ -1,0 +1,41 @@
+"""Models and tokenizers that the user names, with errors that name them in one line."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_xlstm import xLSTMConfig
+
+from .errors import UserError
+
+
+def load_model(name: str | Path, **kwargs) -> PreTrainedModel:
+    check_directory(name)
+    return _named(name, "model", lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs))
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    return _named(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name))
+
+
+def read_config(path: Path) -> xLSTMConfig:
+    return _named(path, "configuration", lambda: xLSTMConfig.from_json_file(path))
+
+
+def check_directory(name: str | Path) -> None:
+    """Raises UserError if a directory of that name has no model in it. Other names may be those of the Hub."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{path} is a file, not the directory of a model")
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "config.yaml")):
+        raise UserError(f"{path} has no model: neither config.json nor config.yaml")
+    if not path.exists() and (path.is_absolute() or len(path.parts) != 2):
+        raise UserError(f"{path} does not exist")
+
+
+def _named(name: str | Path, what: str, load):
+    try:
+        return load()
+    except Exception as error:  # of whatever kind: damaged files raise a dozen different ones
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{name}: cannot load the {what}: {reason}") from error
