@@ -34,8 +34,8 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_xlstm.cells import triton_common
 from hf_xlstm.cells.mlstm import triton_launch as launch
-from hf_xlstm.cells.mlstm import triton_ops as mlstm_triton
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
@@ -61,12 +61,16 @@ SLSTM_BOUNDS = {"h": 1e-2, "gates": 3e-2, "recurrent_weight": 3e-2, "bias": 3e-2
 
 # What the launch plan decides, decided otherwise: module, name, value.
 VARIANTS = {
-    "chunks of 64": (launch.GPU, "of", lambda device: launch.GPU(hopper=False, processors=132)),
-    "C in memory": (launch, "fused_plan", lambda *_: None),
-    "C on chip, however few the sequences": (launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=1)),
-    "saved states": (mlstm_triton, "SAVE_STATES", True),
-    "no segments": (launch, "MIN_SEGMENTS", 10**9),
-    "two segments or more": (launch, "MIN_SEGMENTS", 2),
+    "chunks of 64": (triton_common.GPU, "of", lambda device: triton_common.GPU(major=8, processors=132)),
+    "C in memory": (launch, "on_chip_plan", lambda *_: None),
+    "C on chip, however few the sequences": (
+        triton_common.GPU,
+        "of",
+        lambda device: triton_common.GPU(major=9, processors=1),
+    ),
+    "saved states": (triton_common, "save_states", lambda: True),
+    "no spans": (launch, "MIN_SPANS", 10**9),
+    "two spans or more": (launch, "MIN_SPANS", 2),
 }
 
 Inputs = dict[str, torch.Tensor]

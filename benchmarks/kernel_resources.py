@@ -28,7 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_xlstm.cells.mlstm import triton_launch as launch
-from hf_xlstm.cells.slstm import triton_ops as slstm
+from hf_xlstm.cells.slstm import triton_launch as slstm_launch
+from hf_xlstm.cells.triton_common import GPU
 
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -49,16 +50,15 @@ ALL = [
 ]
 MEASURES = ("registers", "shared", "spill")
 LENGTHS = [17, 64, 100, 1000, 4097]
-SEGMENTED = 8192  # a length of several segments, given enough processors
+IN_SPANS = 8192  # a length of several spans, given enough processors
 
 
 class Architecture(NamedTuple):
     target: GPUTarget
     shared_memory: int
 
-    @property
-    def generation(self) -> int:
-        return self.target.arch // 10 if self.target.backend == "cuda" else 0
+    def gpu(self, processors: int = 1) -> GPU:
+        return GPU(self.target.arch // 10 if self.target.backend == "cuda" else 0, processors)
 
 
 KB = 1024
@@ -121,44 +121,45 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: launch.GPU, full: bool) -> dict[Launch, None]:
+def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: GPU, full: bool) -> dict[Launch, None]:
     """What a step, a forward and a backward pass launch; `full`: with mask, initial and final state, else without."""
     B, H = 2, HEADS
     q, k, v = (empty(B, T, H, dim, dtype=dtype) for dim in (K, K, V))
     igate, fgate, s = empty(B, T, H), empty(B, T, H), empty(B, H, T)
     state = (empty(B, H, K, V), empty(B, H, K), empty(B, H)) if full else (None, None, None)
     mask = empty(B, T, dtype=torch.bool) if full else None
-    plan = launch.plan(q, v, gpu)
+    plan = launch.plan(dtype, K, V, gpu)
     inputs = (q, k, v, igate, fgate, mask)
     with recording() as launches:
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
-        for forward_plan in filter(None, (plan, launch.fused_plan(q, v, B, gpu))):
+        for forward_plan in filter(None, (plan, launch.on_chip_plan(dtype, K, V, B * H, gpu))):
             launch.forward(*inputs, None, state, state, 0.1, 1e-6, forward_plan)
         launch.backward(v, state[:2], *inputs, None, state, state[:2], None, s, 0.1, 1e-6, plan)
     return launches
 
 
-def all_launches(dtype: torch.dtype, K: int, V: int, hopper: bool) -> dict[Launch, None]:
-    """In one run over a sequence; for the head dims of a 7B model also in segments, and both without states."""
-    few, many = launch.GPU(hopper, processors=1), launch.GPU(hopper, processors=10**6)
+def all_launches(dtype: torch.dtype, K: int, V: int, architecture: str) -> dict[Launch, None]:
+    """What one run over a sequence launches; for the head dims of a 7B model also in spans, and both without
+    states."""
+    few, many = (ARCHITECTURES[architecture].gpu(processors) for processors in (1, 10**6))
     launches = record_launches(dtype, K, V, 1000, few, full=True)
     if (K, V) == (256, 512):
-        for T, gpu, full in ((1000, few, False), (SEGMENTED, many, True), (SEGMENTED, many, False)):
+        for T, gpu, full in ((1000, few, False), (IN_SPANS, many, True), (IN_SPANS, many, False)):
             launches |= record_launches(dtype, K, V, T, gpu, full)
     return launches
 
 
-def record_slstm_launches(dtype: torch.dtype, D: int, T: int, generation: int) -> dict[Launch, None]:
+def record_slstm_launches(dtype: torch.dtype, D: int, T: int, gpu: GPU) -> dict[Launch, None]:
     """What a step, a forward and a backward pass with mask launch."""
     B, H = 2, HEADS
     gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
     weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
     state = tuple(empty(B, H, D) for _ in range(4))
-    plan = slstm.plan(D, dtype, generation)
+    tiles = slstm_launch.plan(dtype, D, gpu)
     with recording() as launches:
-        slstm.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, plan)
-        h, saved, c = slstm.run_forward(gates, weight, bias, state, state, mask, None, True, plan)
-        slstm.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, plan)
+        slstm_launch.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, tiles)
+        h, saved, c = slstm_launch.run_forward(gates, weight, bias, state, state, mask, None, True, tiles)
+        slstm_launch.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, tiles)
     return launches
 
 
@@ -206,7 +207,7 @@ def violations(item: Launch, architecture: str, report: dict[str, int]) -> list[
     constants = dict(item.constants)
     multiplies_bf16 = str(constants.get("DOT")) == "bf16"
     if architecture == "sm_90" and "K" in constants and multiplies_bf16 and constants["BK"] >= 64:
-        looping = constants["K"] > constants["BK"]  # a single block leaves nothing to prefetch
+        looping = constants["K"] > constants["BK"]  # a single tile leaves nothing to prefetch
         required = ("wgmma", "async_copies") if looping else ("wgmma",)
         found += [f"has no {name}" for name in required if not report[name]]
     return found
@@ -226,18 +227,18 @@ class Case(NamedTuple):
             record = functools.partial(record_slstm_launches, DTYPES[dtype], *dims)
             return cls(
                 {"dtype": dtype, "D": dims[0]},
-                lambda architecture: record(1000, ARCHITECTURES[architecture].generation),
-                functools.partial(record, generation=9),
+                lambda architecture: record(1000, ARCHITECTURES[architecture].gpu()),
+                functools.partial(record, gpu=ARCHITECTURES["sm_90"].gpu()),
                 LENGTHS,
             )
         K, V = dims
         # Where a token's features are not a multiple of 16 elements, whether a sequence's are depends on its length:
         # two compilations then serve all lengths.
         lengths = LENGTHS if HEADS * K % 16 == HEADS * V % 16 == 0 else LENGTHS[:1]
-        gpu = launch.GPU(hopper=True, processors=1)
+        gpu = ARCHITECTURES["sm_90"].gpu()
         return cls(
             {"dtype": dtype, "K": K, "V": V},
-            lambda architecture: all_launches(DTYPES[dtype], K, V, architecture == "sm_90"),
+            lambda architecture: all_launches(DTYPES[dtype], K, V, architecture),
             lambda T: record_launches(DTYPES[dtype], K, V, T, gpu, full=True),
             lengths,
         )

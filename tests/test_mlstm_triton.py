@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from hf_xlstm.cells.mlstm import triton_launch as launch
 from hf_xlstm.cells.mlstm.reference import mlstm_recurrent, mlstm_recurrent_step
 from hf_xlstm.cells.mlstm.triton_ops import mlstm_step_triton, mlstm_triton
-from hf_xlstm.cells.triton_common import unsupported_gpu, unsupported_reason
+from hf_xlstm.cells.triton_common import GPU, unsupported_gpu, unsupported_reason
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,8 +48,8 @@ def poisoned_memory():
 def either_forward(request, monkeypatch):
     """C on chip in float32, too, which shows more than bfloat16. Head dims must be multiples of 16."""
     if request.param == "C on chip":
-        decide, gpu = launch.fused_plan, launch.GPU(hopper=True, processors=1)
-        monkeypatch.setattr(launch, "fused_plan", lambda q, v, *_: decide(q.bfloat16(), v, 1, gpu))
+        decide, gpu = launch.on_chip_plan, GPU(major=9, processors=1)
+        monkeypatch.setattr(launch, "on_chip_plan", lambda dtype, K, V, *_: decide(torch.bfloat16, K, V, 1, gpu))
 
 
 def make_inputs(B, T, H, K, V, dtype=torch.float32, gates="unit"):
@@ -212,23 +212,22 @@ def test_packed_sequences(either_forward, dtype):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_many_chunks(monkeypatch, packed):
-    """So many that m at their borders is computed block by block."""
-    monkeypatch.setattr(launch, "BORDER_BLOCK", 2)
+    """So many that m at their boundaries is computed tile by tile."""
+    monkeypatch.setattr(launch, "BOUNDARY_TILE", 2)
     inputs = make_inputs(1, 270, 2, 16, 16)
-    inputs[4].add_(5)  # or nothing would reach from block to block
+    inputs[4].add_(5)  # or nothing would reach from tile to tile
     options = {"cu_seqlens": torch.tensor([0, 201, 201, 270], device=DEVICE)} if packed else {}
     check_forward(inputs, 1e-5, initial_state=make_state(3 if packed else 1, 2, 16, 16), **options)
 
 
 @pytest.mark.parametrize(
-    "K, V, sequences, fused",
+    "K, V, sequences, on_chip",
     [(256, 512, 2, False), (256, 512, 3, True), (128, 256, 8, False), (128, 256, 9, True), (96, 200, 99, False)],
 )
-def test_c_stays_on_chip_where_the_programs_fill_the_gpu(K, V, sequences, fused):
-    q, _, v, *_ = make_inputs(1, 1, 8, K, V, torch.bfloat16)
-    hopper = launch.GPU(hopper=True, processors=132)
-    assert bool(launch.fused_plan(q, v, sequences, hopper)) is fused
-    assert launch.fused_plan(q.float(), v.float(), sequences, hopper) is None
+def test_c_stays_on_chip_where_the_programs_fill_the_gpu(K, V, sequences, on_chip):
+    hopper = GPU(major=9, processors=132)
+    assert bool(launch.on_chip_plan(torch.bfloat16, K, V, 8 * sequences, hopper)) is on_chip
+    assert launch.on_chip_plan(torch.float32, K, V, 8 * sequences, hopper) is None
 
 
 def test_two_halves_make_the_whole(either_forward):
@@ -350,7 +349,7 @@ def test_gradients_masked_and_packed(either_forward):
     assert all((actual[name][~mask] == 0).all() for name in "qkvif")
 
 
-def test_backpropagation_through_two_segments(either_forward):
+def test_backpropagation_through_two_parts(either_forward):
     inputs = make_inputs(2, 100, 2, 16, 48)
     inputs[4].add_(3)
     dh = torch.randn_like(inputs[2])
@@ -370,21 +369,21 @@ def test_saved_states_give_the_same_gradients(monkeypatch, packed):
     options = {"cu_seqlens": torch.tensor([0, 3, 100], device=DEVICE)} if packed else {}
     dh = torch.randn_like(inputs[2])
     expected, _ = gradients(mlstm_triton, inputs, None, dh, None, **options)
-    monkeypatch.setattr("hf_xlstm.cells.mlstm.triton_ops.SAVE_STATES", True)
+    monkeypatch.setenv("HF_XLSTM_SAVE_STATES", "1")
     actual, _ = gradients(mlstm_triton, inputs, None, dh, None, **options)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("length, segments", [(200, 4), (300, 2)], ids=["one chunk each", "three chunks and two"])
-def test_segments(monkeypatch, length, segments):
-    """Few and long sequences: the states of their segments are computed side by side."""
-    monkeypatch.setattr(launch, "MIN_SEGMENTS", segments)
-    monkeypatch.setattr(launch, "MIN_CHUNKS_PER_SEGMENT", 4 // segments)
+@pytest.mark.parametrize("length, spans", [(200, 4), (300, 2)], ids=["one chunk each", "three chunks and two"])
+def test_spans(monkeypatch, length, spans):
+    """Few and long sequences: the states of their spans are computed side by side."""
+    monkeypatch.setattr(launch, "MIN_SPANS", spans)
+    monkeypatch.setattr(launch, "MIN_CHUNKS_PER_SPAN", 4 // spans)
     inputs = make_inputs(1, length, 2, 20, 72)
-    inputs[4].add_(4)  # or the first segments would be forgotten
-    plan = launch.plan(inputs[0], inputs[2], launch.GPU.of(inputs[0].device))
-    assert launch.Chunks.cut(inputs[0], None, plan).segments == segments
-    state = make_state(1, 2, 20, 72) if segments == 4 else None
+    inputs[4].add_(4)  # or the first spans would be forgotten
+    plan = launch.plan(torch.float32, 20, 72, GPU.of(inputs[0].device))
+    assert launch.Chunks.cut(inputs[0], None, plan).spans == spans
+    state = make_state(1, 2, 20, 72) if spans == 4 else None
     check_forward(inputs, 1e-5, **({"initial_state": state} if state else {}))
     inputs[4][:, 80] = -INF
     check_gradients(inputs, GRADIENT_TOLERANCE[torch.float32], state=state)
@@ -466,8 +465,8 @@ def test_addresses_and_grids_beyond_their_usual_limits(shape):
 @pytest.mark.skipif(torch.version.hip is not None, reason="takes more shared memory than AMD's GPUs have")
 @pytest.mark.parametrize("processors", [132, 1], ids=["C in memory", "C on chip"])
 def test_hopper(monkeypatch, processors):
-    """Chunks of 128 tokens instead of 64, with larger blocks; or all rows of C in one program."""
-    monkeypatch.setattr(launch.GPU, "of", lambda device: launch.GPU(hopper=True, processors=processors))
+    """Chunks of 128 tokens instead of 64, with larger tiles; or all rows of C in one program."""
+    monkeypatch.setattr(GPU, "of", lambda device: GPU(major=9, processors=processors))
     inputs = make_inputs(1, 200, 1, 80, 144, torch.bfloat16)
     check_forward(inputs, TOLERANCE[torch.bfloat16], initial_state=make_state(1, 1, 80, 144))
     check_gradients(inputs, GRADIENT_TOLERANCE[torch.bfloat16], state=make_state(1, 1, 80, 144))
@@ -547,7 +546,7 @@ def test_step_operator_contract():
 @pytest.mark.slow
 @pytest.mark.parametrize("save_states", [True, False])
 def test_compiles_without_graph_breaks_for_any_length(monkeypatch, save_states):
-    monkeypatch.setattr("hf_xlstm.cells.mlstm.triton_ops.SAVE_STATES", save_states)
+    monkeypatch.setenv("HF_XLSTM_SAVE_STATES", str(int(save_states)))
     graphs = 0
 
     def backend(module, _):

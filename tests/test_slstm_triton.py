@@ -12,8 +12,9 @@ from common import relative_error
 
 from hf_xlstm.cells.slstm.reference import slstm_recurrent
 from hf_xlstm.cells.slstm.triton_kernels import places
-from hf_xlstm.cells.slstm.triton_ops import Blocks, plan, slstm_step_triton, slstm_triton
-from hf_xlstm.cells.triton_common import unsupported_reason
+from hf_xlstm.cells.slstm.triton_launch import BB, plan
+from hf_xlstm.cells.slstm.triton_ops import slstm_step_triton, slstm_triton
+from hf_xlstm.cells.triton_common import GPU, Tiles, unsupported_reason
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,11 +36,12 @@ def poisoned_memory():
 
 @pytest.fixture(params=["resident", "streamed"])
 def head_dim(request, monkeypatch):
-    """A head whose R stays on chip, and one that is read in blocks at every step."""
+    """A head whose R stays on chip, and one that is read in tiles at every step."""
     if request.param == "resident":
-        assert plan(5, F32, generation=0).BK is None
+        assert plan(F32, 5, GPU(major=0, processors=1)).BK is None
         return 5
-    monkeypatch.setattr("hf_xlstm.cells.slstm.triton_ops.plan", lambda *_: Blocks(16, 16, num_warps=4, num_stages=1))
+    tiles = Tiles(num_warps=4, num_stages=1, BB=BB, BD=16, BK=16)
+    monkeypatch.setattr("hf_xlstm.cells.slstm.triton_launch.plan", lambda *_: tiles)
     return 20
 
 
@@ -305,13 +307,13 @@ def test_compiles():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("D", [1, 16, 33, 64, 100, 128, 512])
-@pytest.mark.parametrize("generation", [0, 8, 9, 12])
-def test_plan_fits(D, dtype, generation):
-    """R stays on chip only whole, and where it fits there; blocks are powers of two."""
-    cut = plan(D, dtype, generation)
+@pytest.mark.parametrize("major", [0, 8, 9, 12])
+def test_plan_fits(D, dtype, major):
+    """R stays on chip only whole, and where it fits there; tiles are powers of two."""
+    cut = plan(dtype, D, GPU(major, processors=1))
     if cut.BK is None:
         assert D <= cut.BD
-        assert 4 * cut.BD**2 * (2 if dtype == BF16 else 4) <= (128 if generation == 9 else 32) * 1024
+        assert 4 * cut.BD**2 * (2 if dtype == BF16 else 4) <= (128 if major == 9 else 32) * 1024
     assert all(size >= 16 and size & (size - 1) == 0 for size in (cut.BD, cut.BK or 16))
 
 

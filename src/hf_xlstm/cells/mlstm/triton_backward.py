@@ -28,7 +28,7 @@ from .triton_tiles import (
     RESET,
     chunk_tokens,
     features,
-    load_border,
+    load_boundary,
     load_live,
     load_stabilizer,
     load_tile,
@@ -41,21 +41,21 @@ from .triton_tiles import (
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def row_kernel(
+def token_kernel(
     p_q,
     p_dh,
     p_s,
     p_coarse,
     p_fine,
-    p_m_local,
-    p_segment,
+    p_m_in_chunk,
+    p_reset_count,
     p_m,
     p_c,
-    p_m_row,  # (B, H, T) m_t
+    p_m_token,  # (B, H, T) m_t
     p_inverse,  # (B, H, T) 1 / D_t
-    p_read,  # (B, H, T) r_t
-    p_carried,  # (B, H, T) the part of h_t.dh_t that comes from C
-    p_bounds,
+    p_read_weight,  # (B, H, T) r_t
+    p_from_state,  # (B, H, T) the part of h_t.dh_t that comes from C
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -77,16 +77,16 @@ def row_kernel(
     """What single tokens need: D, r, and of h.dh the part that C contributes, r dh.C^T q, in float32."""
     pid = tl.program_id(0)
     h = pid % H
-    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_segment, o_gate, inside)
+    live = load_live(p_reset_count, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_c += tl.cast(pid, tl.int64) * (K * V)
-    carried_dh = tl.zeros((L,), tl.float32)
+    from_state_dh = tl.zeros((L,), tl.float32)
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
         b_h = tl.zeros((L, BV), tl.float32)
@@ -95,41 +95,41 @@ def row_kernel(
             b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
             b_c = load_tile(p_c, o_k, o_v, V, o_k < K, o_v < V)
             b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
-        carried_dh += tl.sum(b_h * load_tile(p_dh, o_l, o_v, H * V, live, o_v < V).to(tl.float32), 1)
+        from_state_dh += tl.sum(b_h * load_tile(p_dh, o_l, o_v, H * V, live, o_v < V).to(tl.float32), 1)
 
-    m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, tl.load(p_m + pid))
-    s = tl.load(p_s + o_gate, mask=inside, other=0.0)
+    m, from_state = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_reset_count, o_gate, in_t, tl.load(p_m + pid))
+    s = tl.load(p_s + o_gate, mask=in_t, other=0.0)
     inverse = 1.0 / normalizer(s, m, eps)
-    read = scale * tl.exp(carried - m) * inverse
-    tl.store(p_m_row + o_gate, m, mask=inside)
-    tl.store(p_inverse + o_gate, inverse, mask=inside)
-    tl.store(p_read + o_gate, read, mask=inside)
-    tl.store(p_carried + o_gate, read * carried_dh, mask=inside)
+    read_weight = scale * tl.exp(from_state - m) * inverse
+    tl.store(p_m_token + o_gate, m, mask=in_t)
+    tl.store(p_inverse + o_gate, inverse, mask=in_t)
+    tl.store(p_read_weight + o_gate, read_weight, mask=in_t)
+    tl.store(p_from_state + o_gate, read_weight * from_state_dh, mask=in_t)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def state_gradient_kernel(
     p_q,
     p_dh,
-    p_read,
+    p_read_weight,
     p_x,
-    p_segment,
+    p_reset_count,
     p_chunk_decay,
     p_m,
     p_m_next,
-    p_dc_final,
-    p_dn_final,
-    p_dc,  # (chunks, H, K, V) gradient of the state that each chunk hands on, or None
-    p_dn,  # (chunks, H, K)
-    p_dc_initial,
-    p_dn_initial,
-    p_decay_initial,  # (sequences, H) the product of all A, or None
-    p_bounds,
+    p_c_start,
+    p_n_start,
+    p_c,  # (chunks, H, K, V) gradient of the state that each chunk hands on, or None
+    p_n,  # (chunks, H, K)
+    p_c_end,
+    p_n_end,
+    p_decay_product,  # (sequences, H) the product of all A, or None
+    p_cu_seqlens,
     p_first_chunk,
     T,
     chunks_per_row,
-    segments,
-    chunks_per_segment,
+    spans,
+    chunks_per_span,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -146,52 +146,52 @@ def state_gradient_kernel(
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
-    block_v = pid % NV
+    tile_v = pid % NV
     h = pid // (NV * NK) % H
     sequence = pid // (NV * NK * H)
     row, start, end, first, last = sequence_chunks(
-        sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L
+        sequence, T, chunks_per_row, spans, chunks_per_span, p_cu_seqlens, p_first_chunk, L
     )
 
     o_k = (pid // NV % NK) * BK + tl.arange(0, BK)
-    o_v = block_v * BV + tl.arange(0, BV)
+    o_v = tile_v * BV + tl.arange(0, BV)
     in_k = o_k < K
     in_v = o_v < V
-    owns_n = o_k < tl.where(block_v == 0, K, 0)
+    owns_n = o_k < tl.where(tile_v == 0, K, 0)
     o_state = tl.cast(sequence, tl.int64) * H + h
     b_dc = tl.zeros((BK, BV), tl.float32)
     b_dn = tl.zeros((BK,), tl.float32)
-    decay_initial = 1.0
-    if p_dc_final is not None:
-        b_dc += load_tile(p_dc_final + o_state * (K * V), o_k, o_v, V, in_k, in_v)
-        b_dn += tl.load(p_dn_final + o_state * K + o_k, mask=in_k, other=0.0)
+    decay_product = 1.0
+    if p_c_start is not None:
+        b_dc += load_tile(p_c_start + o_state * (K * V), o_k, o_v, V, in_k, in_v)
+        b_dn += tl.load(p_n_start + o_state * K + o_k, mask=in_k, other=0.0)
 
     o_l = tl.arange(0, L)
     start += (last - first) * L
     for i in range(last - first):
         start -= L
         o_chunk = tl.cast(last - 1 - i, tl.int64) * H + h
-        if p_dc is not None:
-            store_tile(p_dc + o_chunk * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
-            tl.store(p_dn + o_chunk * K + o_k, b_dn, mask=owns_n)
-        inside = start + o_l < end
+        if p_c is not None:
+            store_tile(p_c + o_chunk * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
+            tl.store(p_n + o_chunk * K + o_k, b_dn, mask=owns_n)
+        in_t = start + o_l < end
         o_gate = (row * H + h) * T + start + o_l
-        live = load_live(p_segment, o_gate, inside)
-        read = tl.load(p_read + o_gate, mask=inside, other=0.0)
-        x = tl.load(p_x + o_gate, mask=inside, other=0.0)
+        live = load_live(p_reset_count, o_gate, in_t)
+        read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
+        x = tl.load(p_x + o_gate, mask=in_t, other=0.0)
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
-        b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k).to(tl.float32) * read[None, :]
+        b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k).to(tl.float32) * read_weight[None, :]
         b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)
-        decay, _ = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        decay, _ = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
         b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)
         b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)
-        decay_initial *= decay
+        decay_product *= decay
 
-    if p_dc_initial is not None:
-        store_tile(p_dc_initial + o_state * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
-        tl.store(p_dn_initial + o_state * K + o_k, b_dn, mask=owns_n)
-    if p_decay_initial is not None:
-        tl.store(p_decay_initial + o_state, decay_initial, mask=pid % (NV * NK) == 0)
+    if p_c_end is not None:
+        store_tile(p_c_end + o_state * (K * V), b_dc, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n_end + o_state * K + o_k, b_dn, mask=owns_n)
+    if p_decay_product is not None:
+        tl.store(p_decay_product + o_state, decay_product, mask=pid % (NV * NK) == 0)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -203,17 +203,17 @@ def score_gradient_kernel(
     p_coarse,
     p_fine,
     p_log_i,
-    p_segment,
-    p_m_row,
+    p_reset_count,
+    p_m_token,
     p_inverse,
-    p_carried,
+    p_from_state,
     p_s,
     p_x,  # (B, H, T)
     p_scores,  # (chunks, H, L, L)
     p_e,  # (chunks, H, L, L)
     p_g_row,  # (B, H, T) sum_j G_tj
     p_g_column,  # (B, H, T) sum_t G_tj
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -241,11 +241,11 @@ def score_gradient_kernel(
     formed here and not from the rounded h: where one pair outweighs all others, it cancels dh.v."""
     pid = tl.program_id(0)
     h = pid % H
-    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_segment, o_gate, inside)
+    live = load_live(p_reset_count, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_v = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
@@ -264,21 +264,21 @@ def score_gradient_kernel(
         b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)
         b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)
 
-    m = tl.load(p_m_row + o_gate, mask=inside, other=float("inf"))
-    weight = scale * tl.load(p_inverse + o_gate, mask=inside, other=0.0)
-    b_p = pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L) * weight[:, None]
+    m = tl.load(p_m_token + o_gate, mask=in_t, other=float("inf"))
+    weight = scale * tl.load(p_inverse + o_gate, mask=in_t, other=0.0)
+    b_p = pair_weights(p_coarse, p_fine, p_log_i, o_gate, in_t, m, L) * weight[:, None]
     b_s *= b_p
     o_pair = tl.cast(pid, tl.int64) * (L * L) + o_l[:, None] * L + o_l[None, :]
     tl.store(p_scores + o_pair, b_s.to(p_scores.dtype.element_ty))
-    s = tl.load(p_s + o_gate, mask=inside, other=0.0)
-    h_dh = tl.sum(b_s * b_e, 1) + tl.load(p_carried + o_gate, mask=inside, other=0.0)
+    s = tl.load(p_s + o_gate, mask=in_t, other=0.0)
+    h_dh = tl.sum(b_s * b_e, 1) + tl.load(p_from_state + o_gate, mask=in_t, other=0.0)
     x = tl.where(tl.abs(s) > tl.exp(-m), tl.where(s > 0, -h_dh, h_dh), 0.0)
-    tl.store(p_x + o_gate, x, mask=inside)
+    tl.store(p_x + o_gate, x, mask=in_t)
     b_e += x[:, None]
     tl.store(p_e + o_pair, (b_p * b_e).to(p_e.dtype.element_ty))
     b_e *= b_s
-    tl.store(p_g_row + o_gate, tl.sum(b_e, 1), mask=inside)
-    tl.store(p_g_column + o_gate, tl.sum(b_e, 0), mask=inside)
+    tl.store(p_g_row + o_gate, tl.sum(b_e, 1), mask=in_t)
+    tl.store(p_g_column + o_gate, tl.sum(b_e, 0), mask=in_t)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, "tokens", "chunk_heads"])
@@ -288,10 +288,10 @@ def query_key_gradient_kernel(
     p_v,
     p_dh,
     p_e,
-    p_read,
+    p_read_weight,
     p_x,
     p_log_w,
-    p_segment,
+    p_reset_count,
     p_chunk_decay,
     p_m,
     p_m_next,
@@ -304,7 +304,7 @@ def query_key_gradient_kernel(
     p_q_dq,  # (blocks of K, B, H, T) q.dq, the part from C and n
     p_k_dk,  # (blocks of K, B, H, T) k.dk, the part from dC' and dn'
     p_cross,  # (blocks of K, chunks, H) A (<C, dC'> + <n, dn'>)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -332,17 +332,17 @@ def query_key_gradient_kernel(
     """dq and dk of one chunk, for one block of K."""
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    block_k = tl.cast(pid % NK, tl.int64)
+    tile_k = tl.cast(pid % NK, tl.int64)
     h = pid // NK % H
     chunk = pid // (NK * H)
-    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
     o_k = (pid % NK) * BK + tl.arange(0, BK)
     in_k = o_k < K
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_segment, o_gate, inside)
+    live = load_live(p_reset_count, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_v = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
@@ -364,24 +364,24 @@ def query_key_gradient_kernel(
     b_k = load_tile(features(p_k, row, start, h, stride_kb, stride_kt, stride_kh), o_l, o_k, stride_kt, live, in_k)
     b_n = tl.load(p_n + o_chunk * K + o_k, mask=in_k, other=0.0)
     b_dn = tl.load(p_dn + o_chunk * K + o_k, mask=in_k, other=0.0)
-    read = tl.load(p_read + o_gate, mask=inside, other=0.0)
-    x = tl.load(p_x + o_gate, mask=inside, other=0.0)
-    decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - m_next)
-    b_dq = read[:, None] * (b_dq + x[:, None] * b_n[None, :])
+    read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
+    x = tl.load(p_x + o_gate, mask=in_t, other=0.0)
+    decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
+    w = tl.exp(tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf")) - m_next)
+    b_dq = read_weight[:, None] * (b_dq + x[:, None] * b_n[None, :])
     b_dk = w[:, None] * (b_dk + b_dn[None, :])
-    o_partial = block_k * tokens + o_gate
-    tl.store(p_q_dq + o_partial, tl.sum(b_q.to(tl.float32) * b_dq, 1), mask=inside)
-    tl.store(p_k_dk + o_partial, tl.sum(b_k.to(tl.float32) * b_dk, 1), mask=inside)
-    tl.store(p_cross + block_k * chunk_heads + o_chunk, decay * (cross + tl.sum(b_n * b_dn)))
+    o_partial = tile_k * tokens + o_gate
+    tl.store(p_q_dq + o_partial, tl.sum(b_q.to(tl.float32) * b_dq, 1), mask=in_t)
+    tl.store(p_k_dk + o_partial, tl.sum(b_k.to(tl.float32) * b_dk, 1), mask=in_t)
+    tl.store(p_cross + tile_k * chunk_heads + o_chunk, decay * (cross + tl.sum(b_n * b_dn)))
 
     p_e += o_chunk * (L * L)
     b_e = tl.load(p_e + o_l[:, None] * L + o_l[None, :])
     b_dq = tl.dot(b_e.to(DOT), b_k.to(DOT), acc=b_dq, input_precision=PRECISION)
-    store_tile(p_dq + ((row * T + start) * H + h) * K, b_dq, o_l, o_k, H * K, inside, in_k)
+    store_tile(p_dq + ((row * T + start) * H + h) * K, b_dq, o_l, o_k, H * K, in_t, in_k)
     b_e = tl.load(p_e + o_l[None, :] * L + o_l[:, None])  # transposed
     b_dk = tl.dot(b_e.to(DOT), b_q.to(DOT), acc=b_dk, input_precision=PRECISION)
-    store_tile(p_dk + ((row * T + start) * H + h) * K, b_dk, o_l, o_k, H * K, inside, in_k)
+    store_tile(p_dk + ((row * T + start) * H + h) * K, b_dk, o_l, o_k, H * K, in_t, in_k)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -390,11 +390,11 @@ def value_gradient_kernel(
     p_dh,
     p_scores,
     p_log_w,
-    p_segment,
+    p_reset_count,
     p_m_next,
     p_dc,
     p_dv,  # (B, T, H, V)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -416,15 +416,15 @@ def value_gradient_kernel(
     pid = tl.program_id(0)
     h = pid // NV % H
     chunk = pid // (NV * H)
-    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
     o_v = (pid % NV) * BV + tl.arange(0, BV)
     in_v = o_v < V
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_segment, o_gate, inside)
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=inside, other=float("-inf")) - tl.load(p_m_next + o_chunk))
+    live = load_live(p_reset_count, o_gate, in_t)
+    w = tl.exp(tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf")) - tl.load(p_m_next + o_chunk))
 
     o_head = ((row * T + start) * H + h) * V
     b_dh = load_tile(p_dh + o_head, o_l, o_v, H * V, live, in_v)
@@ -437,13 +437,13 @@ def value_gradient_kernel(
         b_k = load_tile(p_k, o_l, o_k, stride_kt, live, o_k < K).to(tl.float32) * w[:, None]
         b_dc = load_tile(p_dc, o_k, o_v, V, o_k < K, in_v)
         b_dv = tl.dot(b_k.to(DOT), b_dc.to(DOT), acc=b_dv, input_precision=PRECISION)
-    store_tile(p_dv + o_head, b_dv, o_l, o_v, H * V, inside, in_v)
+    store_tile(p_dv + o_head, b_dv, o_l, o_v, H * V, in_t, in_v)
 
 
 @triton.jit(do_not_specialize=[*PER_CALL, *GATE_STRIDES, "tokens", "chunk_heads"])
 def gate_gradient_kernel(
     p_fgate,
-    p_segment,
+    p_reset_count,
     p_g_row,
     p_g_column,
     p_q_dq,
@@ -451,7 +451,7 @@ def gate_gradient_kernel(
     p_cross,
     p_digate,  # (B, T, H)
     p_dfgate,  # (B, T, H)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -467,21 +467,21 @@ def gate_gradient_kernel(
 ):
     pid = tl.program_id(0)
     h = pid % H
-    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_segment, o_gate, inside)
+    live = load_live(p_reset_count, o_gate, in_t)
     q_dq = tl.zeros((L,), tl.float32)
     k_dk = tl.zeros((L,), tl.float32)
     cross = 0.0
     for i in range(NK):
         o_partial = tl.cast(i, tl.int64) * tokens + o_gate
-        q_dq += tl.load(p_q_dq + o_partial, mask=inside, other=0.0)
-        k_dk += tl.load(p_k_dk + o_partial, mask=inside, other=0.0)
+        q_dq += tl.load(p_q_dq + o_partial, mask=in_t, other=0.0)
+        k_dk += tl.load(p_k_dk + o_partial, mask=in_t, other=0.0)
         cross += tl.load(p_cross + tl.cast(i, tl.int64) * chunk_heads + pid)
-    g_row = tl.load(p_g_row + o_gate, mask=inside, other=0.0)
-    g_column = tl.load(p_g_column + o_gate, mask=inside, other=0.0)
+    g_row = tl.load(p_g_row + o_gate, mask=in_t, other=0.0)
+    g_column = tl.load(p_g_column + o_gate, mask=in_t, other=0.0)
 
     # log f_t decays what was written before t (strictly) for everyone who reads at t or later
     dlog_f = tl.cumsum(g_row - g_column + q_dq, 0, reverse=True) + (tl.cumsum(k_dk, 0) - k_dk) + cross
@@ -491,5 +491,5 @@ def gate_gradient_kernel(
     decays = live & (log_sigmoid(fgate) >= RESET)
     dfgate = tl.where(decays, dlog_f / (1.0 + tl.exp(fgate)), 0.0)
     o_out = (row * T + start) * H + h + o_l * H
-    tl.store(p_digate + o_out, (g_column + k_dk).to(p_digate.dtype.element_ty), mask=inside)
-    tl.store(p_dfgate + o_out, dfgate.to(p_dfgate.dtype.element_ty), mask=inside)
+    tl.store(p_digate + o_out, (g_column + k_dk).to(p_digate.dtype.element_ty), mask=in_t)
+    tl.store(p_dfgate + o_out, dfgate.to(p_dfgate.dtype.element_ty), mask=in_t)

@@ -14,15 +14,15 @@ with S = q k^T, D_t = max(|s_t|, exp(-m_t)) + eps and the scale on q. The chunk 
 m depends on the gates alone, so it is known before any product is formed and every exponent is <= 0 from the start.
 Five kernels, in order: gates (b, the maxima), borders (m between chunks), states (C, n between chunks), scores
 (P S / D, once per chunk), outputs (two products per chunk and block of V). With m known, C and n are linear in what
-enters: where sequences are few and long, the states of their segments are computed side by side and then combined.
+enters: where sequences are few and long, the states of their spans are computed side by side and then combined.
 Where they are many and C fits on chip, it stays there: of the states only n is written, and after the scores one
 kernel makes C and the outputs.
 
 b_t - b_j loses the digits of a mild decay behind a strong one. So b is kept as coarse / UNITS + fine: log f in whole
 units, whose sums and differences are exact integers, and the rest, whose sums stay small. A forget gate of
-log f < RESET starts a new segment: it counts as 0 in b, so that no infinity enters a difference, and lowers coarse by
-BARRIER, whose exponential is 0. A token that is masked out, or lies behind the end of its sequence, has segment -1,
-i = -inf and log f = 0: weight 0 as a key, output 0, nothing forgotten.
+log f < RESET is a reset: it counts as 0 in b, so that no infinity enters a difference, and lowers coarse by
+BARRIER, whose exponential is 0. A token that is masked out, or lies behind the end of its sequence, has a reset count
+of -1, i = -inf and log f = 0: weight 0 as a key, output 0, nothing forgotten.
 
 Names: p_ pointers, b_ blocks, o_ offsets. Dimension letters: H heads, K query/key head dim, V value head dim, L chunk
 length, BK and BV blocks of K and V. Gate arrays are (B, H, T), arrays of chunks (chunks, H, ...), states
@@ -41,7 +41,7 @@ from .triton_tiles import (
     UNITS,
     chunk_tokens,
     features,
-    load_border,
+    load_boundary,
     load_live,
     load_stabilizer,
     load_tile,
@@ -63,12 +63,12 @@ def gate_kernel(
     p_coarse,  # (B, H, T) int32
     p_fine,  # (B, H, T)
     p_log_i,  # (B, H, T)
-    p_m_local,  # (B, H, T) m_t without what enters the chunk
+    p_m_in_chunk,  # (B, H, T) m_t without what enters the chunk
     p_log_w,  # (B, H, T) log of w_j, up to m'
-    p_segment,  # (B, H, T) number of resets in the chunk up to t
+    p_reset_count,  # (B, H, T) number of resets in the chunk up to t
     p_chunk_decay,  # (chunks, H) g, -inf with a reset
     p_chunk_m,  # (chunks, H) m' without what enters the chunk
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     T,
@@ -86,20 +86,20 @@ def gate_kernel(
 ):
     pid = tl.program_id(0)
     h = pid % H
-    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
-    inside = start + o_l < end
-    live = inside
+    in_t = start + o_l < end
+    live = in_t
     token = tl.cast(start + o_l, tl.int64)
     if p_mask is not None:
-        live &= tl.load(p_mask + row * stride_mb + token * stride_mt, mask=inside, other=0) != 0
+        live &= tl.load(p_mask + row * stride_mb + token * stride_mt, mask=in_t, other=0) != 0
     p_igate = features(p_igate, row, 0, h, stride_ib, stride_it, stride_ih)
     p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
     log_i = tl.load(p_igate + token * stride_it, mask=live, other=float("-inf")).to(tl.float32)
     log_f = log_sigmoid(tl.load(p_fgate + token * stride_ft, mask=live, other=float("inf")).to(tl.float32))
 
     reset = (log_f < RESET).to(tl.int32)
-    segment = tl.cumsum(reset, 0)
+    reset_count = tl.cumsum(reset, 0)
     resets = tl.sum(reset, 0)
     summand = tl.where(reset != 0, 0.0, log_f)
     units = tl.floor(summand * UNITS + 0.5).to(tl.int32)
@@ -108,56 +108,58 @@ def gate_kernel(
     fine = tl.cumsum(rest, 0)
     g_coarse = tl.sum(units, 0)
     g_fine = tl.sum(rest, 0)
-    log_w = tl.where(segment == resets, (g_coarse - coarse) / UNITS + (g_fine - fine) + log_i, float("-inf"))
-    _, m_local = tl.associative_scan((tl.where(reset != 0, float("-inf"), log_f), log_i), 0, max_plus)
+    log_w = tl.where(reset_count == resets, (g_coarse - coarse) / UNITS + (g_fine - fine) + log_i, float("-inf"))
+    _, m_in_chunk = tl.associative_scan((tl.where(reset != 0, float("-inf"), log_f), log_i), 0, max_plus)
 
     o_gate = (row * H + h) * T + start + o_l
-    tl.store(p_coarse + o_gate, coarse - segment * BARRIER, mask=inside)
-    tl.store(p_fine + o_gate, fine, mask=inside)
-    tl.store(p_log_i + o_gate, log_i, mask=inside)
-    tl.store(p_m_local + o_gate, m_local, mask=inside)
-    tl.store(p_log_w + o_gate, log_w, mask=inside)
-    tl.store(p_segment + o_gate, tl.where(live, segment, -1), mask=inside)
+    tl.store(p_coarse + o_gate, coarse - reset_count * BARRIER, mask=in_t)
+    tl.store(p_fine + o_gate, fine, mask=in_t)
+    tl.store(p_log_i + o_gate, log_i, mask=in_t)
+    tl.store(p_m_in_chunk + o_gate, m_in_chunk, mask=in_t)
+    tl.store(p_log_w + o_gate, log_w, mask=in_t)
+    tl.store(p_reset_count + o_gate, tl.where(live, reset_count, -1), mask=in_t)
     tl.store(p_chunk_decay + pid, tl.where(resets > 0, float("-inf"), g_coarse / UNITS + g_fine))
     tl.store(p_chunk_m + pid, tl.max(log_w, 0))
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def border_kernel(
+def boundary_kernel(
     p_chunk_decay,
     p_chunk_m,
     p_m_initial,
     p_m,  # (chunks, H) as it enters each chunk
     p_m_next,  # (chunks, H) as it leaves
     p_m_final,
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     T,
     chunks_per_row,
     H: tl.constexpr,
     L: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """m from chunk to chunk, one program for each sequence and head."""
     pid = tl.program_id(0)
     h = pid % H
-    _, _, _, first, last = sequence_chunks(pid // H, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L)
-    o_block = tl.arange(0, BLOCK)
+    _, _, _, first, last = sequence_chunks(
+        pid // H, T, chunks_per_row, 1, chunks_per_row, p_cu_seqlens, p_first_chunk, L
+    )
+    o_tile = tl.arange(0, TILE)
     m = 0.0
     if p_m_initial is not None:
         m += tl.load(p_m_initial + pid)
     tl.store(p_m + tl.cast(first, tl.int64) * H + h, m, mask=first < last)
-    for chunk in range(first, last, BLOCK):
-        inside = chunk + o_block < last
-        o_chunk = tl.cast(chunk + o_block, tl.int64) * H + h
-        g = tl.load(p_chunk_decay + o_chunk, mask=inside, other=0.0)
-        decay, m_local = tl.associative_scan(
-            (g, tl.load(p_chunk_m + o_chunk, mask=inside, other=float("-inf"))), 0, max_plus
+    for chunk in range(first, last, TILE):
+        in_t = chunk + o_tile < last
+        o_chunk = tl.cast(chunk + o_tile, tl.int64) * H + h
+        g = tl.load(p_chunk_decay + o_chunk, mask=in_t, other=0.0)
+        decay, m_in_chunk = tl.associative_scan(
+            (g, tl.load(p_chunk_m + o_chunk, mask=in_t, other=float("-inf"))), 0, max_plus
         )
-        m_next = stabilizer(decay + m, m_local)
-        tl.store(p_m_next + o_chunk, m_next, mask=inside)
-        tl.store(p_m + o_chunk + H, m_next, mask=chunk + o_block + 1 < last)
-        m = tl.sum(tl.where(o_block == BLOCK - 1, m_next, 0.0), 0)
+        m_next = stabilizer(decay + m, m_in_chunk)
+        tl.store(p_m_next + o_chunk, m_next, mask=in_t)
+        tl.store(p_m + o_chunk + H, m_next, mask=chunk + o_tile + 1 < last)
+        m = tl.sum(tl.where(o_tile == TILE - 1, m_next, 0.0), 0)
     if p_m_final is not None:
         tl.store(p_m_final + pid, m)
 
@@ -170,19 +172,19 @@ def state_kernel(
     p_chunk_decay,
     p_m,
     p_m_next,
-    p_c_initial,
-    p_n_initial,
+    p_c_start,
+    p_n_start,
     p_c,  # (chunks, H, K, V) the state that enters each chunk, or None
     p_n,  # (chunks, H, K)
-    p_c_final,
-    p_n_final,
-    p_decay_final,  # (sequences, H) the product of all A, or None
-    p_bounds,
+    p_c_end,
+    p_n_end,
+    p_decay_product,  # (sequences, H) the product of all A, or None
+    p_cu_seqlens,
     p_first_chunk,
     T,
     chunks_per_row,
-    segments,
-    chunks_per_segment,
+    spans,
+    chunks_per_span,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -198,31 +200,31 @@ def state_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C and n from chunk to chunk, one program for each block of C. Initial and final states are those of segments
-    where sequences are cut into segments."""
+    """C and n from chunk to chunk, one program for each block of C. Initial and final states are those of spans
+    where sequences are cut into spans."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
-    block_v = pid % NV
-    block_k = pid // NV % NK
+    tile_v = pid % NV
+    tile_k = pid // NV % NK
     h = pid // (NV * NK) % H
     sequence = pid // (NV * NK * H)
     row, start, end, first, last = sequence_chunks(
-        sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L
+        sequence, T, chunks_per_row, spans, chunks_per_span, p_cu_seqlens, p_first_chunk, L
     )
 
-    o_k = block_k * BK + tl.arange(0, BK)
-    o_v = block_v * BV + tl.arange(0, BV)
+    o_k = tile_k * BK + tl.arange(0, BK)
+    o_v = tile_v * BV + tl.arange(0, BV)
     in_k = o_k < K
     in_v = o_v < V
-    owns_n = o_k < tl.where(block_v == 0, K, 0)
+    owns_n = o_k < tl.where(tile_v == 0, K, 0)
     o_state = tl.cast(sequence, tl.int64) * H + h
     b_c = tl.zeros((BK, BV), tl.float32)
     b_n = tl.zeros((BK,), tl.float32)
-    decay_final = 1.0
-    if p_c_initial is not None:
-        b_c += load_tile(p_c_initial + o_state * (K * V), o_k, o_v, V, in_k, in_v)
-        b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
+    decay_product = 1.0
+    if p_c_start is not None:
+        b_c += load_tile(p_c_start + o_state * (K * V), o_k, o_v, V, in_k, in_v)
+        b_n += tl.load(p_n_start + o_state * K + o_k, mask=in_k, other=0.0)
 
     o_l = tl.arange(0, L)
     p_log_w += (row * H + h) * T
@@ -237,50 +239,50 @@ def state_kernel(
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
         b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
         b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
-        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
         b_k = b_k.to(tl.float32) * tl.exp(log_w - m_next)[None, :]
         b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
         b_n = decay * b_n + tl.sum(b_k, 1)
-        decay_final *= decay
+        decay_product *= decay
         start += L
 
-    if p_c_final is not None:
-        store_tile(p_c_final + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
-        tl.store(p_n_final + o_state * K + o_k, b_n, mask=owns_n)
-    if p_decay_final is not None:
-        tl.store(p_decay_final + o_state, decay_final, mask=pid % (NV * NK) == 0)
+    if p_c_end is not None:
+        store_tile(p_c_end + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n_end + o_state * K + o_k, b_n, mask=owns_n)
+    if p_decay_product is not None:
+        tl.store(p_decay_product + o_state, decay_product, mask=pid % (NV * NK) == 0)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def combine_kernel(
-    p_state,  # (sequences * segments, H, N) what each segment adds; becomes what enters it
-    p_decay,  # (sequences * segments, H) what it keeps
-    p_initial,
-    p_final,
-    segments,
+    p_state,  # (sequences * spans, H, N) what each span adds; becomes what enters it
+    p_decay,  # (sequences * spans, H) what it keeps
+    p_start,
+    p_end,
+    spans,
     H: tl.constexpr,
     N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):
-    """A state from segment to segment, in place; for gradients from the last one to the first."""
-    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    """A state from span to span, in place; for gradients from the last one to the first."""
+    TILES: tl.constexpr = (N + TILE - 1) // TILE
     pid = tl.program_id(0)
-    o_block = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = o_block < N
-    h = pid // BLOCKS % H
-    sequence = tl.cast(pid // (BLOCKS * H), tl.int64)
-    b_state = tl.zeros((BLOCK,), tl.float32)
-    if p_initial is not None:
-        b_state += tl.load(p_initial + (sequence * H + h) * N + o_block, mask=inside, other=0.0)
-    for i in range(segments):
-        segment = sequence * segments + (segments - 1 - i if BACKWARDS else i)
-        p_segment = p_state + (segment * H + h) * N + o_block
-        b_added = tl.load(p_segment, mask=inside, other=0.0)
-        tl.store(p_segment, b_state, mask=inside)
-        b_state = tl.load(p_decay + segment * H + h) * b_state + b_added
-    if p_final is not None:
-        tl.store(p_final + (sequence * H + h) * N + o_block, b_state, mask=inside)
+    o_tile = pid % TILES * TILE + tl.arange(0, TILE)
+    in_t = o_tile < N
+    h = pid // TILES % H
+    sequence = tl.cast(pid // (TILES * H), tl.int64)
+    b_state = tl.zeros((TILE,), tl.float32)
+    if p_start is not None:
+        b_state += tl.load(p_start + (sequence * H + h) * N + o_tile, mask=in_t, other=0.0)
+    for i in range(spans):
+        span = sequence * spans + (spans - 1 - i if BACKWARDS else i)
+        p_span = p_state + (span * H + h) * N + o_tile
+        b_added = tl.load(p_span, mask=in_t, other=0.0)
+        tl.store(p_span, b_state, mask=in_t)
+        b_state = tl.load(p_decay + span * H + h) * b_state + b_added
+    if p_end is not None:
+        tl.store(p_end + (sequence * H + h) * N + o_tile, b_state, mask=in_t)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -290,14 +292,14 @@ def score_kernel(
     p_coarse,
     p_fine,
     p_log_i,
-    p_m_local,
-    p_segment,
+    p_m_in_chunk,
+    p_reset_count,
     p_n,
     p_m,
     p_scores,  # (chunks, H, L, L) P_tj S_tj / D_t
-    p_read,  # (B, H, T) scale a_t / D_t: the weight of C^T q_t in h_t
+    p_read_weight,  # (B, H, T) scale a_t / D_t: the weight of C^T q_t in h_t
     p_s,  # (B, H, T)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     width,  # K, at run time: were it known, the compiler would unroll short loops over its blocks, and spill
@@ -322,12 +324,12 @@ def score_kernel(
     its terms cancel, h is large."""
     pid = tl.program_id(0)
     h = pid % H
-    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(pid, tl.int64)
-    live = load_live(p_segment, o_gate, inside)
+    live = load_live(p_reset_count, o_gate, in_t)
 
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
@@ -342,15 +344,15 @@ def score_kernel(
         qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
 
     m_in = tl.load(p_m + o_chunk)
-    m, carried = load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m_in)
-    b_s *= pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L) * scale
-    a = tl.exp(carried - m) * scale
+    m, from_state = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_reset_count, o_gate, in_t, m_in)
+    b_s *= pair_weights(p_coarse, p_fine, p_log_i, o_gate, in_t, m, L) * scale
+    a = tl.exp(from_state - m) * scale
     s = tl.sum(b_s, 1) + a * qn
     inverse = 1.0 / normalizer(s, m, eps)
     p_scores += o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :]
     tl.store(p_scores, (b_s * inverse[:, None]).to(p_scores.dtype.element_ty))
-    tl.store(p_read + o_gate, a * inverse, mask=inside)
-    tl.store(p_s + o_gate, s, mask=inside)
+    tl.store(p_read_weight + o_gate, a * inverse, mask=in_t)
+    tl.store(p_s + o_gate, s, mask=in_t)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -358,11 +360,11 @@ def output_kernel(
     p_q,
     p_v,
     p_scores,
-    p_read,
-    p_segment,
+    p_read_weight,
+    p_reset_count,
     p_c,
     p_h,  # (B, T, H, V)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     p_sequence,
     width,  # K, at run time, as for score_kernel
@@ -388,15 +390,15 @@ def output_kernel(
     pid = tl.program_id(0)
     h = pid // NV % H
     chunk = pid // (NV * H)
-    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L)
+    row, start, end = chunk_tokens(chunk, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
     o_v = (pid % NV) * BV + tl.arange(0, BV)
     in_v = o_v < V
-    inside = start + o_l < end
+    in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_segment, o_gate, inside)
-    read = tl.load(p_read + o_gate, mask=inside, other=0.0)
+    live = load_live(p_reset_count, o_gate, in_t)
+    read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
 
     b_v = load_tile(features(p_v, row, start, h, stride_vb, stride_vt, stride_vh), o_l, o_v, stride_vt, live, in_v)
     b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
@@ -405,10 +407,10 @@ def output_kernel(
     p_c += o_chunk * (K * V)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
-        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read[:, None]
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read_weight[:, None]
         b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)
         b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
-    store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
+    store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, in_t, in_v)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -421,7 +423,7 @@ def normalizer_kernel(
     p_n_initial,
     p_n,  # (chunks, H, K) the state that enters each chunk
     p_n_final,
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     T,
     chunks_per_row,
@@ -433,13 +435,13 @@ def normalizer_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """n alone from chunk to chunk: what the scores need of the state, where C is left to `fused_kernel`."""
+    """n alone from chunk to chunk: what the scores need of the state, where C is left to `on_chip_kernel`."""
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     h = pid // NK % H
     sequence = pid // (NK * H)
     row, start, end, first, last = sequence_chunks(
-        sequence, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L
+        sequence, T, chunks_per_row, 1, chunks_per_row, p_cu_seqlens, p_first_chunk, L
     )
     o_k = pid % NK * BK + tl.arange(0, BK)
     in_k = o_k < K
@@ -456,7 +458,7 @@ def normalizer_kernel(
         log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         b_k = load_tile(p_k_chunk, o_l, o_k, stride_kt, log_w > float("-inf"), in_k)
-        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
         b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * tl.exp(log_w - m_next)[:, None], 0)
         start += L
     if p_n_final is not None:
@@ -464,21 +466,21 @@ def normalizer_kernel(
 
 
 @triton.jit(do_not_specialize=PER_CALL)
-def fused_kernel(
+def on_chip_kernel(
     p_q,
     p_k,
     p_v,
     p_scores,
-    p_read,
+    p_read_weight,
     p_log_w,
-    p_segment,
+    p_reset_count,
     p_chunk_decay,
     p_m,
     p_m_next,
     p_c_initial,
     p_c_final,
     p_h,  # (B, T, H, V)
-    p_bounds,
+    p_cu_seqlens,
     p_first_chunk,
     T,
     chunks_per_row,
@@ -508,7 +510,7 @@ def fused_kernel(
     h = pid // NV % H
     sequence = pid // (NV * H)
     row, start, end, first, last = sequence_chunks(
-        sequence, T, chunks_per_row, 1, chunks_per_row, p_bounds, p_first_chunk, L
+        sequence, T, chunks_per_row, 1, chunks_per_row, p_cu_seqlens, p_first_chunk, L
     )
     o_k = tl.arange(0, BK)
     o_v = pid % NV * BV + tl.arange(0, BV)
@@ -523,9 +525,9 @@ def fused_kernel(
     # All addresses of a chunk, kept in registers from chunk to chunk, would fill these.
     for chunk in tl.range(first, last, disable_licm=True):
         o_chunk = tl.cast(chunk, tl.int64) * H + h
-        inside = start + o_l < end
+        in_t = start + o_l < end
         o_gate = (row * H + h) * T + start + o_l
-        live = load_live(p_segment, o_gate, inside)
+        live = load_live(p_reset_count, o_gate, in_t)
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
@@ -533,16 +535,16 @@ def fused_kernel(
         b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
         b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
         b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
-        read = tl.load(p_read + o_gate, mask=inside, other=0.0)
-        log_w = tl.load(p_log_w + o_gate, mask=inside, other=float("-inf"))
-        decay, m_next = load_border(p_chunk_decay, p_m, p_m_next, o_chunk)
+        read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
+        log_w = tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf"))
+        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
 
         # Not one as the accumulator of the other: the compiler takes that for a chain of products, as in attention,
         # and has every warp group compute all of the first.
         b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION)
         b_own = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
-        b_h = tl.fma(b_h, tl.broadcast_to(read[:, None], (L, BV)), b_own)
-        store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, inside, in_v)
+        b_h = tl.fma(b_h, tl.broadcast_to(read_weight[:, None], (L, BV)), b_own)
+        store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, in_t, in_v)
         b_v = b_v.to(tl.float32) * tl.exp(log_w - m_next)[:, None]
         b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
         start += L
@@ -559,12 +561,12 @@ def recurrent_kernel(
     p_igate,
     p_fgate,
     p_mask,
-    p_c,
-    p_n,
-    p_m,
-    p_c_new,  # may be p_c: each program reads its block before it writes it
-    p_n_new,  # must not be p_n, nor p_m_new p_m: all programs of a head read them
-    p_m_new,
+    p_c_initial,
+    p_n_initial,
+    p_m_initial,
+    p_c_final,  # may be p_c_initial: each program reads its block before it writes it
+    p_n_final,  # must not be p_n_initial, nor p_m_final p_m_initial: all programs of a head read them
+    p_m_final,
     p_h,  # (B, T, H, V)
     p_s,  # (B, H, T)
     T,
@@ -596,21 +598,21 @@ def recurrent_kernel(
     """The cell step by step, for decoding and short sequences: all of K and one block of V stay in registers."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
-    block_v = pid % NV
+    tile_v = pid % NV
     h = pid // NV % H
     row = tl.cast(pid // (NV * H), tl.int64)
     o_k = tl.arange(0, BK)
-    o_v = block_v * BV + tl.arange(0, BV)
+    o_v = tile_v * BV + tl.arange(0, BV)
     in_k = o_k < K
     in_v = o_v < V
     o_state = row * H + h
     b_c = tl.zeros((BK, BV), tl.float32)
     b_n = tl.zeros((BK,), tl.float32)
     m = 0.0
-    if p_c is not None:
-        b_c += load_tile(p_c + o_state * (K * V), o_k, o_v, V, in_k, in_v)
-        b_n += tl.load(p_n + o_state * K + o_k, mask=in_k, other=0.0)
-        m += tl.load(p_m + o_state)
+    if p_c_initial is not None:
+        b_c += load_tile(p_c_initial + o_state * (K * V), o_k, o_v, V, in_k, in_v)
+        b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
+        m += tl.load(p_m_initial + o_state)
 
     p_q = features(p_q, row, 0, h, stride_qb, stride_qt, stride_qh) + o_k
     p_k = features(p_k, row, 0, h, stride_kb, stride_kt, stride_kh) + o_k
@@ -639,9 +641,9 @@ def recurrent_kernel(
         s = tl.sum(b_n * b_q, 0)
         b_h = tl.sum(b_c * b_q[:, None], 0) / normalizer(s, m, eps)
         tl.store(p_h + t * (H * V), b_h.to(p_h.dtype.element_ty), mask=in_v)
-        tl.store(p_s + o_state * T + t, s, mask=block_v == 0)
+        tl.store(p_s + o_state * T + t, s, mask=tile_v == 0)
 
-    if p_c_new is not None:
-        store_tile(p_c_new + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
-        tl.store(p_n_new + o_state * K + o_k, b_n, mask=o_k < tl.where(block_v == 0, K, 0))
-        tl.store(p_m_new + o_state, m, mask=block_v == 0)
+    if p_c_final is not None:
+        store_tile(p_c_final + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
+        tl.store(p_n_final + o_state * K + o_k, b_n, mask=o_k < tl.where(tile_v == 0, K, 0))
+        tl.store(p_m_final + o_state, m, mask=tile_v == 0)

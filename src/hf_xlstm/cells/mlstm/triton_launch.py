@@ -1,4 +1,4 @@
-"""How the mLSTM kernels are launched: block sizes, chunk tables, scratch memory. Inputs are checked by the callers.
+"""How the mLSTM kernels are launched: tile sizes, chunk tables, scratch memory. Inputs are checked by the callers.
 
 Tensors are (B, T, H, ...) as projections produce them, with any strides but the last; scratch is laid out as the
 kernel files say.
@@ -9,95 +9,74 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..triton_common import dot_options
+from ..triton_common import GPU, Tiles, dot_options, strides
 from . import triton_backward as backward_kernels
 from . import triton_forward as kernels
 
 
-class Blocks(NamedTuple):
-    """Block sizes of K and V, warps and pipeline stages of one kernel."""
-
-    BK: int
-    BV: int
-    num_warps: int
-    num_stages: int
-
-
 MAX_CHUNK = 128
-
-
-class GPU(NamedTuple):
-    hopper: bool
-    processors: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "GPU":
-        if device.type != "cuda":  # interpreted, or recorded by benchmarks/kernel_resources.py
-            return cls(False, 132)
-        properties = torch.cuda.get_device_properties(device)
-        return cls(torch.version.hip is None and properties.major == 9, properties.multi_processor_count)
+# A span is walked twice, so there must be many of them; and short ones are not worth the extra launches.
+MIN_SPANS = 4
+MIN_CHUNKS_PER_SPAN = 8
+BOUNDARY_TILE = 128  # chunks whose m are computed at a time
 
 
 class Plan(NamedTuple):
+    """How a sequence is cut and which tiles each kind of kernel has."""
+
     chunk_size: int
-    state: Blocks  # C and dC
-    score: Blocks  # the scores, and the gradients of scores, q and k
-    output: Blocks  # h and dv
-    full: int  # how many recurrences over a state (sequences x heads) keep the whole GPU busy
-    fused: bool = False  # C and h in one kernel, with the blocks of `output`
+    state: Tiles  # C and dC
+    score: Tiles  # the scores, and the gradients of scores, q and k
+    output: Tiles  # h and dv
+    programs_to_fill: int  # how many recurrences over a state (sequences x heads) keep the whole GPU busy
+    on_chip: bool = False  # C and h in one kernel, with the tiles of `output`
 
 
-def plan(q: torch.Tensor, v: torch.Tensor, gpu: GPU) -> Plan:
-    """Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and
-    that only for head dims whose rows it can load 16 bytes at a time.
+def plan(dtype: torch.dtype, K: int, V: int, gpu: GPU) -> Plan:
+    """The plan of a forward pass with C in memory, and of every backward pass.
 
-    No block depends on B and T: one compilation serves all lengths. What each choice takes in registers and in shared
-    memory is what benchmarks/kernel_resources.py reports.
+    Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and that
+    only for head dims whose tokens it can load 16 bytes at a time. No tile depends on B and T: one compilation serves
+    all lengths. benchmarks/kernel_resources.py reports the registers and the shared memory of each choice.
     """
-    K, V = q.shape[-1], v.shape[-1]
     aligned = K % 16 == V % 16 == 0
-    if q.dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
-        num_warps = 8 if q.dtype == torch.float32 else 4
+        num_warps = 8 if dtype == torch.float32 else 4
         length, state, score, output = 64, (32, 64, 8, 2), (32, 32, num_warps, 2), (32, 64, num_warps, 2)
     elif gpu.hopper and K * V > 64 * 64 and aligned:
         length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
     else:
-        # Blocks that are cut off at the edge of a head need masks, and these registers.
+        # Tiles that are cut off at the edge of a head need masks, and masks need these registers.
         num_warps = 4 if K % 64 == V % 64 == 0 else 8
         state, score = (64, 64, num_warps, 3 if aligned else 2), (64, 64, num_warps, 2)
         length, output = 64, (32, 128, 4, 3)
 
-    state, score, output = (_fit(K, V, *blocks) for blocks in (state, score, output))
+    state, score, output = (_fit(K, V, *tiles) for tiles in (state, score, output))
     tiles = triton.cdiv(K, state.BK) * triton.cdiv(V, state.BV)
     return Plan(length, state, score, output, gpu.processors // tiles)
 
 
-def _fit(K: int, V: int, BK: int, BV: int, num_warps: int, num_stages: int) -> Blocks:
+def _fit(K: int, V: int, BK: int, BV: int, num_warps: int, num_stages: int) -> Tiles:
+    """Tiles no wider than the head."""
     widest_k, widest_v = (max(16, triton.next_power_of_2(dim)) for dim in (K, V))
-    return Blocks(min(BK, widest_k), min(BV, widest_v), num_warps, num_stages)
+    return Tiles(num_warps, num_stages, BK=min(BK, widest_k), BV=min(BV, widest_v))
 
 
-def fused_plan(q: torch.Tensor, v: torch.Tensor, sequences: int, gpu: GPU) -> Plan | None:
+def on_chip_plan(dtype: torch.dtype, K: int, V: int, recurrences: int, gpu: GPU) -> Plan | None:
     """The plan of a forward pass in which C stays in registers, or None where this cannot be or does not pay.
 
-    At the head dims of a 7B model C would be written and read at every border, 2.1 GB for 65,536 tokens and half of
-    all that is moved. In its stead every block of columns reads all of q and k, mostly from the L2 cache, where its
-    neighbours have just brought them. A program walks its sequence alone, so there must be one for each processor.
+    At the head dims of a 7B model C would be written and read at every chunk boundary, 2.1 GB for 65,536 tokens and
+    half of all that is moved. On chip, every tile of columns reads all of q and k instead, mostly from the L2 cache,
+    where its neighbours have just brought them. A program walks its sequence alone, so the `recurrences` (sequences x
+    heads) must give every processor one.
     """
-    K, V = q.shape[-1], v.shape[-1]
-    if not gpu.hopper or q.dtype != torch.bfloat16 or K > 256 or K % 16 or V % 16:
+    if not gpu.hopper or dtype != torch.bfloat16 or K > 256 or K % 16 or V % 16:
         return None
-    blocks = _fit(K, V, 256, 128 if K == 128 else 64, 8, 2)
-    if sequences * q.shape[2] * triton.cdiv(V, blocks.BV) < gpu.processors:
+    tiles = _fit(K, V, 256, 128 if K == 128 else 64, 8, 2)
+    if recurrences * triton.cdiv(V, tiles.BV) < gpu.processors:
         return None
-    return Plan(64, blocks, _fit(K, V, 64, 64, 4, 2), blocks, full=0, fused=True)
-
-
-# Segments walk the recurrence twice, so they must be many; and short ones are not worth the extra launches.
-MIN_SEGMENTS = 4
-MIN_CHUNKS_PER_SEGMENT = 8
-BORDER_BLOCK = 128  # chunks whose m are computed at a time
+    return Plan(64, tiles, _fit(K, V, 64, 64, 4, 2), tiles, programs_to_fill=0, on_chip=True)
 
 
 class Chunks(NamedTuple):
@@ -105,17 +84,14 @@ class Chunks(NamedTuple):
     depends on shapes only, so that nothing waits for the GPU. Chunks beyond the real number come out empty."""
 
     sequences: int
+    length: int  # T
     per_row: int
     total: int
-    segments: int  # of each sequence, whose states are computed side by side
-    per_segment: int
-    bounds: torch.Tensor | None = None  # (sequences + 1,) tokens
+    spans: int  # parts of each sequence, whose states are computed side by side
+    per_span: int
+    cu_seqlens: torch.Tensor | None = None  # (sequences + 1,) first token of each sequence
     first: torch.Tensor | None = None  # (sequences + 1,) first chunk of each sequence
-    sequence: torch.Tensor | None = None  # (total,)
-
-    @property
-    def tables(self) -> tuple[torch.Tensor | None, ...]:
-        return self.bounds, self.first, self.sequence
+    sequence: torch.Tensor | None = None  # (total,) the sequence of each chunk
 
     @classmethod
     def cut(cls, q: torch.Tensor, cu_seqlens: torch.Tensor | None, plan: Plan) -> "Chunks":
@@ -123,54 +99,61 @@ class Chunks(NamedTuple):
         chunk_size = plan.chunk_size
         if cu_seqlens is None:
             per_row = triton.cdiv(length, chunk_size)
-            segments = min(plan.full // (batch * heads), per_row // MIN_CHUNKS_PER_SEGMENT)
-            per_segment = triton.cdiv(per_row, segments) if segments >= MIN_SEGMENTS else per_row
-            return cls(batch, per_row, batch * per_row, triton.cdiv(per_row, per_segment), per_segment)
+            spans = min(plan.programs_to_fill // (batch * heads), per_row // MIN_CHUNKS_PER_SPAN)
+            per_span = triton.cdiv(per_row, spans) if spans >= MIN_SPANS else per_row
+            return cls(batch, length, per_row, batch * per_row, triton.cdiv(per_row, per_span), per_span)
         sequences = cu_seqlens.shape[0] - 1
         total = length // chunk_size + sequences
-        bounds = cu_seqlens.to(torch.int32).contiguous()
-        counts = (bounds.diff() + chunk_size - 1) // chunk_size
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        counts = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
         first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         chunk = torch.arange(total, dtype=torch.int32, device=q.device)
         sequence = torch.searchsorted(first[1:], chunk, right=True, out_int32=True).clamp_max_(sequences - 1)
-        return cls(sequences, total, total, 1, total, bounds, first, sequence)
+        return cls(sequences, length, total, total, 1, total, cu_seqlens, first, sequence)
+
+    @property
+    def by_sequence(self) -> dict[str, object]:
+        """What a kernel is told that walks a sequence chunk by chunk, by the names of its arguments."""
+        return {
+            "p_cu_seqlens": self.cu_seqlens,
+            "p_first_chunk": self.first,
+            "T": self.length,
+            "chunks_per_row": self.per_row,
+        }
+
+    @property
+    def by_chunk(self) -> dict[str, object]:
+        """What a kernel is told whose programs each have a chunk."""
+        return self.by_sequence | {"p_sequence": self.sequence}
 
 
 class Gates(NamedTuple):
-    """What `gate_kernel` and `border_kernel` make of the gates: (B, H, T) and, per chunk, (chunks, H)."""
+    """What `gate_kernel` and `boundary_kernel` make of the gates: (B, H, T) and, per chunk, (chunks, H)."""
 
     coarse: torch.Tensor
     fine: torch.Tensor
     log_i: torch.Tensor
-    m_local: torch.Tensor
+    m_in_chunk: torch.Tensor
     log_w: torch.Tensor
-    segment: torch.Tensor
+    reset_count: torch.Tensor
     chunk_decay: torch.Tensor
     chunk_m: torch.Tensor
     m: torch.Tensor
     m_next: torch.Tensor
 
     @property
-    def per_pair(self) -> tuple[torch.Tensor, ...]:
-        return self.coarse, self.fine, self.log_i, self.m_local, self.segment
-
-    @property
-    def borders(self) -> tuple[torch.Tensor, ...]:
-        return self.chunk_decay, self.m, self.m_next
+    def boundary(self) -> dict[str, torch.Tensor]:
+        """What `load_boundary` reads, by the names of a kernel's arguments."""
+        return {"p_chunk_decay": self.chunk_decay, "p_m": self.m, "p_m_next": self.m_next}
 
 
-class Rows(NamedTuple):
-    """What `row_kernel` makes, (B, H, T)."""
+class Tokens(NamedTuple):
+    """What `token_kernel` makes, (B, H, T)."""
 
     m: torch.Tensor
     inverse: torch.Tensor
-    read: torch.Tensor
-    carried: torch.Tensor
-
-
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    """(batch, time, head) strides."""
-    return x.stride()[:3]
+    read_weight: torch.Tensor
+    from_state: torch.Tensor
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,17 +161,17 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan: Plan):
-    """h, s = n.q, and C, n at the chunk borders, or None where C stays on chip. `initial` and `final` are (c, n, m), a
-    triple of None where there is none."""
+    """h, s = n.q, and C, n at the chunk boundaries, or None where C stays on chip. `initial` and `final` are (c, n,
+    m), a triple of None where there is none."""
     chunks = Chunks.cut(q, cu_seqlens, plan)
     gates = _run_gates(igate, fgate, mask, initial[2], final[2], chunks, plan)
-    if plan.fused:
+    if plan.on_chip:
         n = _run_normalizers(k, gates, initial[1], final[1], chunks, plan)
-        scores, read, s = _run_scores(q, k, gates, n, scale, eps, chunks, plan)
-        return _run_fused(q, k, v, scores, read, gates, initial[0], final[0], chunks, plan), s, None
+        scores, read_weight, s = _run_scores(q, k, gates, n, scale, eps, chunks, plan)
+        return _run_on_chip(q, k, v, scores, read_weight, gates, initial[0], final[0], chunks, plan), s, None
     states = _run_states(k, v, gates, initial[:2], final[:2], chunks, plan)
-    scores, read, s = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
-    return _run_outputs(q, v, scores, read, gates, states[0], chunks, plan), s, states
+    scores, read_weight, s = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
+    return _run_outputs(q, v, scores, read_weight, gates, states[0], chunks, plan), s, states
 
 
 def backward(
@@ -200,167 +183,173 @@ def backward(
     gates = _run_gates(igate, fgate, mask, initial[2], None, chunks, plan)
     if states is None:
         states = _run_states(k, v, gates, initial[:2], (None, None), chunks, plan)
-    rows = _run_rows(q, dh, s, states[0], gates, scale, eps, chunks, plan)
-    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, s, gates, rows, scale, chunks, plan)
-    dstates = _run_state_gradients(q, dh, x, gates, rows, dfinal, dinitial, chunks, plan)
+    tokens = _run_tokens(q, dh, s, states[0], gates, scale, eps, chunks, plan)
+    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, s, gates, tokens, scale, chunks, plan)
+    dstates = _run_state_gradients(q, dh, x, gates, tokens, dfinal, dinitial, chunks, plan)
     dv = _run_value_gradients(k, dh, scores, gates, dstates[0], chunks, plan)
-    dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, x, gates, rows, states, dstates, chunks, plan)
+    dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, x, gates, tokens, states, dstates, chunks, plan)
     return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
 
 
 def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Plan) -> Gates:
     B, T, H = igate.shape
-    coarse, segment = (torch.empty(B, H, T, dtype=torch.int32, device=igate.device) for _ in range(2))
-    floats = (torch.empty(B, H, T, dtype=torch.float32, device=igate.device) for _ in range(4))
+    coarse, reset_count = (torch.empty(B, H, T, dtype=torch.int32, device=igate.device) for _ in range(2))
+    fine, log_i, m_in_chunk, log_w = (torch.empty(B, H, T, dtype=torch.float32, device=igate.device) for _ in range(4))
     per_chunk = (torch.empty(chunks.total, H, dtype=torch.float32, device=igate.device) for _ in range(4))
-    gates = Gates(coarse, *floats, segment, *per_chunk)
+    gates = Gates(coarse, fine, log_i, m_in_chunk, log_w, reset_count, *per_chunk)
     kernels.gate_kernel[(chunks.total * H,)](
-        igate,
-        fgate,
-        mask,
-        *gates[:-2],
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        *igate.stride(),
-        *fgate.stride(),
-        *((0, 0) if mask is None else mask.stride()),
+        p_igate=igate,
+        p_fgate=fgate,
+        p_mask=mask,
+        p_coarse=gates.coarse,
+        p_fine=gates.fine,
+        p_log_i=gates.log_i,
+        p_m_in_chunk=gates.m_in_chunk,
+        p_log_w=gates.log_w,
+        p_reset_count=gates.reset_count,
+        p_chunk_decay=gates.chunk_decay,
+        p_chunk_m=gates.chunk_m,
+        **chunks.by_chunk,
+        **strides(i=igate, f=fgate, m=mask),
         H=H,
         L=plan.chunk_size,
         num_warps=1,
     )
-    kernels.border_kernel[(chunks.sequences * H,)](
-        gates.chunk_decay,
-        gates.chunk_m,
-        m_initial,
-        gates.m,
-        gates.m_next,
-        m_final,
-        *chunks.tables[:2],
-        T,
-        chunks.per_row,
+    kernels.boundary_kernel[(chunks.sequences * H,)](
+        p_chunk_decay=gates.chunk_decay,
+        p_chunk_m=gates.chunk_m,
+        p_m_initial=m_initial,
+        p_m=gates.m,
+        p_m_next=gates.m_next,
+        p_m_final=m_final,
+        **chunks.by_sequence,
         H=H,
         L=plan.chunk_size,
-        BLOCK=BORDER_BLOCK,
+        TILE=BOUNDARY_TILE,
         num_warps=1,
     )
     return gates
 
 
 def chunk_states(q, v, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for C and n, or their gradients, at every chunk border."""
+    """Memory for C and n, or their gradients, at every chunk boundary."""
     H, K, V = *q.shape[2:], v.shape[-1]
     c = q.new_empty(chunks, H, K, V, dtype=_state_dtype(q.dtype))
     return c, q.new_empty(chunks, H, K, dtype=torch.float32)
 
 
-def _walk(kernel, inputs, strides, initial, final, chunks: Chunks, plan: Plan, backwards: bool):
+def _scan_states(kernel, inputs: dict, q, v, start, end, chunks: Chunks, plan: Plan, backwards: bool):
     """The recurrence over the state from chunk to chunk, by `state_kernel` or `state_gradient_kernel`: the state at
-    every border, and the one at the end in `final`. Segments of a sequence first run on their own, each from zero; put
-    together, that is where the second run begins."""
-    k, v = inputs[:2]  # or q and dh
-    T, H, K, V = *k.shape[1:], v.shape[-1]
-    blocks = plan.state
-    parts = chunks.sequences * chunks.segments
+    every boundary, and the one it ends with in `end`. The spans of a sequence first run on their own, each from zero;
+    put together, their ends say where the second run begins."""
+    H, K, V = *q.shape[2:], v.shape[-1]
+    tiles = plan.state
+    parts = chunks.sequences * chunks.spans
 
-    def run(start, borders, end, decay):
-        kernel[(parts * H * triton.cdiv(K, blocks.BK) * triton.cdiv(V, blocks.BV),)](
-            *inputs,
-            *start,
-            *borders,
-            *end,
-            decay,
-            *chunks.tables[:2],
-            T,
-            chunks.per_row,
-            chunks.segments,
-            chunks.per_segment,
-            *strides,
+    def run(start, boundaries, end, decay_product):
+        kernel[(parts * H * triton.cdiv(K, tiles.BK) * triton.cdiv(V, tiles.BV),)](
+            **inputs,
+            p_c_start=start[0],
+            p_n_start=start[1],
+            p_c=boundaries[0],
+            p_n=boundaries[1],
+            p_c_end=end[0],
+            p_n_end=end[1],
+            p_decay_product=decay_product,
+            **chunks.by_sequence,
+            spans=chunks.spans,
+            chunks_per_span=chunks.per_span,
             H=H,
             K=K,
             V=V,
             L=plan.chunk_size,
-            **blocks._asdict(),
-            **dot_options(k.dtype),
+            **tiles.options,
+            **dot_options(q.dtype),
         )
 
-    borders = chunk_states(k, v, chunks.total)
-    if chunks.segments > 1:
+    boundaries = chunk_states(q, v, chunks.total)
+    if chunks.spans > 1:
         shapes = (parts, H, K, V), (parts, H, K), (parts, H)
-        *segments, decay = (torch.empty(shape, dtype=torch.float32, device=k.device) for shape in shapes)
-        run((None, None), (None, None), segments, decay)
-        for state, start, end, size in zip(segments, initial, final, (K * V, K)):
-            block = min(1024, triton.next_power_of_2(size))
-            kernels.combine_kernel[(chunks.sequences * H * triton.cdiv(size, block),)](
-                state, decay, start, end, chunks.segments, H=H, N=size, BLOCK=block, BACKWARDS=backwards, num_warps=4
+        c, n, decay = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+        run((None, None), (None, None), (c, n), decay)
+        for state, first, last, size in zip((c, n), start, end, (K * V, K)):
+            tile = min(1024, triton.next_power_of_2(size))
+            kernels.combine_kernel[(chunks.sequences * H * triton.cdiv(size, tile),)](
+                p_state=state,
+                p_decay=decay,
+                p_start=first,
+                p_end=last,
+                spans=chunks.spans,
+                H=H,
+                N=size,
+                TILE=tile,
+                BACKWARDS=backwards,
+                num_warps=4,
             )
-        initial, final = segments, (None, None)
-    run(initial, borders, final, None)
-    return borders
+        start, end = (c, n), (None, None)
+    run(start, boundaries, end, None)
+    return boundaries
 
 
 def _run_states(k, v, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """The state that enters each chunk; the last one goes to `final`."""
-    inputs = (k, v, gates.log_w, *gates.borders)
-    strides = (*_strides(k), *_strides(v))
-    return _walk(kernels.state_kernel, inputs, strides, initial, final, chunks, plan, backwards=False)
+    inputs = {"p_k": k, "p_v": v, "p_log_w": gates.log_w} | gates.boundary | strides(k=k, v=v)
+    return _scan_states(kernels.state_kernel, inputs, k, v, initial, final, chunks, plan, backwards=False)
 
 
 def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
     B, T, H, K = q.shape
-    L, (BK, _, num_warps, num_stages) = plan.chunk_size, plan.score
+    L, tiles = plan.chunk_size, plan.score
     scores = torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device)
-    read, s = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    read_weight, s = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     kernels.score_kernel[(chunks.total * H,)](
-        q,
-        k,
-        *gates.per_pair,
-        n,
-        gates.m,
-        scores,
-        read,
-        s,
-        *chunks.tables,
-        K,
-        T,
-        chunks.per_row,
-        scale,
-        eps,
-        *_strides(q),
-        *_strides(k),
+        p_q=q,
+        p_k=k,
+        p_coarse=gates.coarse,
+        p_fine=gates.fine,
+        p_log_i=gates.log_i,
+        p_m_in_chunk=gates.m_in_chunk,
+        p_reset_count=gates.reset_count,
+        p_n=n,
+        p_m=gates.m,
+        p_scores=scores,
+        p_read_weight=read_weight,
+        p_s=s,
+        width=K,
+        scale=scale,
+        eps=eps,
+        **chunks.by_chunk,
+        **strides(q=q, k=k),
         H=H,
         K=K,
         L=L,
-        BK=BK,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        BK=tiles.BK,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **dot_options(q.dtype),
     )
-    return scores, read, s
+    return scores, read_weight, s
 
 
-def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan):
+def _run_outputs(q, v, scores, read_weight, gates: Gates, c, chunks: Chunks, plan: Plan):
     B, T, H, K, V = *q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     kernels.output_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
-        q,
-        v,
-        scores,
-        read,
-        gates.segment,
-        c,
-        h,
-        *chunks.tables,
-        K,
-        T,
-        chunks.per_row,
-        *_strides(q),
-        *_strides(v),
+        p_q=q,
+        p_v=v,
+        p_scores=scores,
+        p_read_weight=read_weight,
+        p_reset_count=gates.reset_count,
+        p_c=c,
+        p_h=h,
+        width=K,
+        **chunks.by_chunk,
+        **strides(q=q, v=v),
         H=H,
         K=K,
         V=V,
         L=plan.chunk_size,
-        **plan.output._asdict(),
+        **plan.output.options,
         **dot_options(q.dtype),
     )
     return h
@@ -368,20 +357,18 @@ def _run_outputs(q, v, scores, read, gates: Gates, c, chunks: Chunks, plan: Plan
 
 def _run_normalizers(k, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """n as it enters each chunk; the last one goes to `final`."""
-    T, H, K = k.shape[1:]
+    H, K = k.shape[2:]
     BK = plan.score.BK
     n = torch.empty(chunks.total, H, K, dtype=torch.float32, device=k.device)
     kernels.normalizer_kernel[(chunks.sequences * H * triton.cdiv(K, BK),)](
-        k,
-        gates.log_w,
-        *gates.borders,
-        initial,
-        n,
-        final,
-        *chunks.tables[:2],
-        T,
-        chunks.per_row,
-        *_strides(k),
+        p_k=k,
+        p_log_w=gates.log_w,
+        p_n_initial=initial,
+        p_n=n,
+        p_n_final=final,
+        **gates.boundary,
+        **chunks.by_sequence,
+        **strides(k=k),
         H=H,
         K=K,
         L=plan.chunk_size,
@@ -391,33 +378,29 @@ def _run_normalizers(k, gates: Gates, initial, final, chunks: Chunks, plan: Plan
     return n
 
 
-def _run_fused(q, k, v, scores, read, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
+def _run_on_chip(q, k, v, scores, read_weight, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """h; the last C goes to `final`."""
     B, T, H, K, V = *q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
-    kernels.fused_kernel[(chunks.sequences * H * triton.cdiv(V, plan.output.BV),)](
-        q,
-        k,
-        v,
-        scores,
-        read,
-        gates.log_w,
-        gates.segment,
-        *gates.borders,
-        initial,
-        final,
-        h,
-        *chunks.tables[:2],
-        T,
-        chunks.per_row,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
+    kernels.on_chip_kernel[(chunks.sequences * H * triton.cdiv(V, plan.output.BV),)](
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_scores=scores,
+        p_read_weight=read_weight,
+        p_log_w=gates.log_w,
+        p_reset_count=gates.reset_count,
+        p_c_initial=initial,
+        p_c_final=final,
+        p_h=h,
+        **gates.boundary,
+        **chunks.by_sequence,
+        **strides(q=q, k=k, v=v),
         H=H,
         K=K,
         V=V,
         L=plan.chunk_size,
-        **plan.output._asdict(),
+        **plan.output.options,
         **dot_options(q.dtype),
     )
     return h
@@ -431,25 +414,24 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
     BK = triton.next_power_of_2(K)
     BV = min(triton.next_power_of_2(V), max(16, min(32, 8192 // BK)))
     kernels.recurrent_kernel[(B * H * triton.cdiv(V, BV),)](
-        q,
-        k,
-        v,
-        igate,
-        fgate,
-        mask,
-        *initial,
-        *final,
-        h,
-        s,
-        T,
-        scale,
-        eps,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
-        *igate.stride(),
-        *fgate.stride(),
-        *((0, 0) if mask is None else mask.stride()),
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_igate=igate,
+        p_fgate=fgate,
+        p_mask=mask,
+        p_c_initial=initial[0],
+        p_n_initial=initial[1],
+        p_m_initial=initial[2],
+        p_c_final=final[0],
+        p_n_final=final[1],
+        p_m_final=final[2],
+        p_h=h,
+        p_s=s,
+        T=T,
+        scale=scale,
+        eps=eps,
+        **strides(q=q, k=k, v=v, i=igate, f=fgate, m=mask),
         H=H,
         K=K,
         V=V,
@@ -460,147 +442,143 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
     return h, s
 
 
-def _run_rows(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Rows:
+def _run_tokens(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Tokens:
     B, T, H, K, V = *q.shape, dh.shape[-1]
-    rows = Rows(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4)))
-    backward_kernels.row_kernel[(chunks.total * H,)](
-        q,
-        dh,
-        s,
-        gates.coarse,
-        gates.fine,
-        gates.m_local,
-        gates.segment,
-        gates.m,
-        c,
-        *rows,
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        scale,
-        eps,
-        *_strides(q),
+    tokens = Tokens(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4)))
+    backward_kernels.token_kernel[(chunks.total * H,)](
+        p_q=q,
+        p_dh=dh,
+        p_s=s,
+        p_coarse=gates.coarse,
+        p_fine=gates.fine,
+        p_m_in_chunk=gates.m_in_chunk,
+        p_reset_count=gates.reset_count,
+        p_m=gates.m,
+        p_c=c,
+        p_m_token=tokens.m,
+        p_inverse=tokens.inverse,
+        p_read_weight=tokens.read_weight,
+        p_from_state=tokens.from_state,
+        scale=scale,
+        eps=eps,
+        **chunks.by_chunk,
+        **strides(q=q),
         H=H,
         K=K,
         V=V,
         L=plan.chunk_size,
-        **plan.output._asdict(),
+        **plan.output.options,
         **dot_options(q.dtype),
     )
-    return rows
+    return tokens
 
 
-def _run_state_gradients(q, dh, x, gates: Gates, rows: Rows, dfinal, dinitial, chunks: Chunks, plan: Plan):
+def _run_state_gradients(q, dh, x, gates: Gates, tokens: Tokens, dfinal, dinitial, chunks: Chunks, plan: Plan):
     """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
-    inputs = (q, dh, rows.read, x, gates.segment, *gates.borders)
+    inputs = {"p_q": q, "p_dh": dh, "p_read_weight": tokens.read_weight, "p_x": x, "p_reset_count": gates.reset_count}
+    inputs |= gates.boundary | strides(q=q)
     kernel = backward_kernels.state_gradient_kernel
-    return _walk(kernel, inputs, _strides(q), dfinal, dinitial, chunks, plan, backwards=True)
+    return _scan_states(kernel, inputs, q, dh, dfinal, dinitial, chunks, plan, backwards=True)
 
 
-def _run_score_gradients(q, k, v, dh, s, gates: Gates, rows: Rows, scale, chunks: Chunks, plan: Plan):
+def _run_score_gradients(q, k, v, dh, s, gates: Gates, tokens: Tokens, scale, chunks: Chunks, plan: Plan):
     B, T, H, K, V = *q.shape, v.shape[-1]
     L = plan.chunk_size
     scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
     x, g_row, g_column = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3))
     backward_kernels.score_gradient_kernel[(chunks.total * H,)](
-        q,
-        k,
-        v,
-        dh,
-        gates.coarse,
-        gates.fine,
-        gates.log_i,
-        gates.segment,
-        rows.m,
-        rows.inverse,
-        rows.carried,
-        s,
-        x,
-        scores,
-        e,
-        g_row,
-        g_column,
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        scale,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_dh=dh,
+        p_coarse=gates.coarse,
+        p_fine=gates.fine,
+        p_log_i=gates.log_i,
+        p_reset_count=gates.reset_count,
+        p_m_token=tokens.m,
+        p_inverse=tokens.inverse,
+        p_from_state=tokens.from_state,
+        p_s=s,
+        p_x=x,
+        p_scores=scores,
+        p_e=e,
+        p_g_row=g_row,
+        p_g_column=g_column,
+        scale=scale,
+        **chunks.by_chunk,
+        **strides(q=q, k=k, v=v),
         H=H,
         K=K,
         V=V,
         L=L,
-        **plan.score._asdict(),
+        **plan.score.options,
         **dot_options(q.dtype),
     )
     return x, scores, e, g_row, g_column
 
 
-def _run_query_key_gradients(q, k, v, dh, e, x, gates: Gates, rows: Rows, states, dstates, chunks: Chunks, plan: Plan):
+def _run_query_key_gradients(
+    q, k, v, dh, e, x, gates: Gates, tokens: Tokens, states, dstates, chunks: Chunks, plan: Plan
+):
     B, T, H, K, V = *q.shape, v.shape[-1]
-    blocks = plan.score
-    NK = triton.cdiv(K, blocks.BK)
+    tiles = plan.score
+    NK = triton.cdiv(K, tiles.BK)
     dq, dk = (torch.empty(B, T, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
     q_dq, k_dk = (torch.empty(NK, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     cross = torch.empty(NK, chunks.total, H, dtype=torch.float32, device=q.device)
     backward_kernels.query_key_gradient_kernel[(chunks.total * H * NK,)](
-        q,
-        k,
-        v,
-        dh,
-        e,
-        rows.read,
-        x,
-        gates.log_w,
-        gates.segment,
-        *gates.borders,
-        *states,
-        *dstates,
-        dq,
-        dk,
-        q_dq,
-        k_dk,
-        cross,
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        B * H * T,
-        chunks.total * H,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_dh=dh,
+        p_e=e,
+        p_read_weight=tokens.read_weight,
+        p_x=x,
+        p_log_w=gates.log_w,
+        p_reset_count=gates.reset_count,
+        p_c=states[0],
+        p_n=states[1],
+        p_dc=dstates[0],
+        p_dn=dstates[1],
+        p_dq=dq,
+        p_dk=dk,
+        p_q_dq=q_dq,
+        p_k_dk=k_dk,
+        p_cross=cross,
+        tokens=B * H * T,
+        chunk_heads=chunks.total * H,
+        **gates.boundary,
+        **chunks.by_chunk,
+        **strides(q=q, k=k, v=v),
         H=H,
         K=K,
         V=V,
         L=plan.chunk_size,
-        **blocks._asdict(),
+        **tiles.options,
         **dot_options(q.dtype),
     )
     return dq, dk, (q_dq, k_dk, cross)
 
 
 def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: Plan):
-    T, H, K, V = *k.shape[1:], dh.shape[-1]
+    H, K, V = *k.shape[2:], dh.shape[-1]
     dv = torch.empty_like(dh)
     backward_kernels.value_gradient_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
-        k,
-        dh,
-        scores,
-        gates.log_w,
-        gates.segment,
-        gates.m_next,
-        dc,
-        dv,
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        *_strides(k),
+        p_k=k,
+        p_dh=dh,
+        p_scores=scores,
+        p_log_w=gates.log_w,
+        p_reset_count=gates.reset_count,
+        p_m_next=gates.m_next,
+        p_dc=dc,
+        p_dv=dv,
+        **chunks.by_chunk,
+        **strides(k=k),
         H=H,
         K=K,
         V=V,
         L=plan.chunk_size,
-        **plan.output._asdict(),
+        **plan.output.options,
         **dot_options(k.dtype),
     )
     return dv
@@ -608,24 +586,25 @@ def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: 
 
 def _run_gate_gradients(igate, fgate, gates: Gates, g_row, g_column, partial, chunks: Chunks, plan: Plan):
     B, T, H = igate.shape
+    q_dq, k_dk, cross = partial
     digate = torch.empty(B, T, H, dtype=igate.dtype, device=igate.device)
     dfgate = torch.empty(B, T, H, dtype=fgate.dtype, device=fgate.device)
     backward_kernels.gate_gradient_kernel[(chunks.total * H,)](
-        fgate,
-        gates.segment,
-        g_row,
-        g_column,
-        *partial,
-        digate,
-        dfgate,
-        *chunks.tables,
-        T,
-        chunks.per_row,
-        B * H * T,
-        chunks.total * H,
-        *fgate.stride(),
+        p_fgate=fgate,
+        p_reset_count=gates.reset_count,
+        p_g_row=g_row,
+        p_g_column=g_column,
+        p_q_dq=q_dq,
+        p_k_dk=k_dk,
+        p_cross=cross,
+        p_digate=digate,
+        p_dfgate=dfgate,
+        tokens=B * H * T,
+        chunk_heads=chunks.total * H,
+        **chunks.by_chunk,
+        **strides(f=fgate),
         H=H,
-        NK=partial[0].shape[0],
+        NK=q_dq.shape[0],
         L=plan.chunk_size,
         num_warps=1,
     )

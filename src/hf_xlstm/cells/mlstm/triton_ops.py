@@ -4,8 +4,6 @@ The kernels are registered as three operators that torch.compile sees as black b
 `hf_xlstm::mlstm_backward` and the in-place `hf_xlstm::mlstm_step`.
 """
 
-import os
-
 import torch
 
 from .. import triton_common as common
@@ -15,14 +13,15 @@ from .reference import MLSTMState
 
 # Up to this length one pass of the recurrence over the state costs no more than the chunkwise kernels.
 MAX_RECURRENT = 16
-# The backward pass needs the state at every chunk border, and by default computes it again. For 65,536 tokens, 8 heads
-# of 256 x 512 and bfloat16 that moves 1.9 GB; kept from the forward pass (HF_XLSTM_SAVE_STATES=1) they take 1.1 GB.
-SAVE_STATES = os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """The tokens of one chunk must lie within 2^31 elements."""
     return common.dense(x) if x.stride(1) < 2**31 // launch.MAX_CHUNK else x.contiguous()
+
+
+def _plan(q: torch.Tensor, v: torch.Tensor) -> launch.Plan:
+    return launch.plan(q.dtype, q.shape[-1], v.shape[-1], common.GPU.of(q.device))
 
 
 @torch.library.custom_op("hf_xlstm::mlstm_forward", mutates_args=())
@@ -42,20 +41,21 @@ def mlstm_forward(
     scale: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and c, n at every chunk border. Those
+    """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and c, n at every chunk boundary. Those
     that are not asked for are empty."""
     q, k, v = _dense(q), _dense(k), _dense(v)
-    initial = tuple(None if x is None else x.contiguous() for x in (c, n, m))
+    initial = tuple(common.contiguous(x) for x in (c, n, m))
     new_state = _empty_state(q, v, cu_seqlens, final_state)
     final = new_state if final_state else (None, None, None)
     with common.on_device(q):
         if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
             h, s = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
-            gpu = launch.GPU.of(q.device)
-            sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            fused = None if save_states else launch.fused_plan(q, v, sequences, gpu)
-            plan = fused or launch.plan(q, v, gpu)
+            plan = _plan(q, v)
+            if not save_states:
+                sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+                recurrences, gpu = sequences * q.shape[2], common.GPU.of(q.device)
+                plan = launch.on_chip_plan(q.dtype, q.shape[-1], v.shape[-1], recurrences, gpu) or plan
             h, s, saved = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
     if not save_states:
         saved = [q.new_empty(0), q.new_empty(0)]
@@ -68,7 +68,7 @@ def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, save_states
     h, s = v.new_empty(B, T, H, V), v.new_empty(B, H, T, dtype=torch.float32)
     saved = [q.new_empty(0), q.new_empty(0)]
     if save_states:
-        length = launch.plan(q, v, launch.GPU.of(q.device)).chunk_size
+        length = _plan(q, v).chunk_size
         rows = B * ((T + length - 1) // length) if cu_seqlens is None else T // length + cu_seqlens.shape[0] - 1
         saved = launch.chunk_states(q, v, rows)
     return h, *_empty_state(q, v, cu_seqlens, final_state), s, *saved
@@ -97,18 +97,18 @@ def mlstm_backward(
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     s: torch.Tensor,
-    c_borders: torch.Tensor,
-    n_borders: torch.Tensor,
+    c_boundaries: torch.Tensor,
+    n_boundaries: torch.Tensor,
     scale: float,
     eps: float,
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v, igate, fgate and, if there is one, of the initial c and n."""
     q, k, v, dh = _dense(q), _dense(k), _dense(v), dh.contiguous()
-    initial = tuple(None if x is None else x.contiguous() for x in (c, n, m))
-    dfinal = tuple(None if x is None else x.contiguous() for x in (dc_final, dn_final))
+    initial = tuple(common.contiguous(x) for x in (c, n, m))
+    dfinal = tuple(common.contiguous(x) for x in (dc_final, dn_final))
     dinitial = tuple(None if x is None else torch.empty_like(x) for x in initial[:2])
-    states = (c_borders, n_borders) if n_borders.numel() else None
-    plan = launch.plan(q, v, launch.GPU.of(q.device))
+    states = (c_boundaries, n_boundaries) if n_boundaries.numel() else None
+    plan = _plan(q, v)
     with common.on_device(q):
         gradients = launch.backward(
             dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, s, scale, eps, plan
@@ -164,7 +164,7 @@ def mlstm_triton(
         mask,
         cu_seqlens,
         output_final_state,
-        SAVE_STATES and torch.is_grad_enabled(),
+        common.save_states() and torch.is_grad_enabled(),
         scale,
         eps,
     )

@@ -16,7 +16,7 @@ LOWEST = tl.constexpr(-1e4)
 TINY = tl.constexpr(1e-37)  # 1 / TINY is finite
 # Run-time values that change with T, which no kernel is specialised on. The strides of q, k and v may too, but are
 # left to Triton: known to be multiples of 16, as they are where H K and H V are, they keep loads wide.
-PER_CALL = ["T", "width", "chunks_per_row", "segments", "chunks_per_segment"]
+PER_CALL = ["T", "width", "chunks_per_row", "spans", "chunks_per_span"]
 GATE_STRIDES = [f"stride_{name}" for name in ("ib", "it", "ih", "fb", "ft", "fh", "mb", "mt")]
 
 
@@ -27,8 +27,8 @@ def max_plus(decay_a, m_a, decay_b, m_b):
 
 
 @triton.jit
-def stabilizer(carried, local):
-    return tl.maximum(tl.maximum(carried, local), LOWEST)
+def stabilizer(from_state, local):
+    return tl.maximum(tl.maximum(from_state, local), LOWEST)
 
 
 @triton.jit
@@ -38,13 +38,13 @@ def normalizer(s, m, eps):
 
 
 @triton.jit
-def chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, L: tl.constexpr):
+def chunk_tokens(chunk, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L: tl.constexpr):
     """Row of the batch, first token of a chunk, end of its sequence. Chunks never straddle two packed sequences."""
-    if p_bounds is not None:
+    if p_cu_seqlens is not None:
         row = chunk * 0
         sequence = tl.load(p_sequence + chunk)
-        start = tl.load(p_bounds + sequence) + (chunk - tl.load(p_first_chunk + sequence)) * L
-        end = tl.load(p_bounds + sequence + 1)
+        start = tl.load(p_cu_seqlens + sequence) + (chunk - tl.load(p_first_chunk + sequence)) * L
+        end = tl.load(p_cu_seqlens + sequence + 1)
     else:
         row = chunk // chunks_per_row
         start = (chunk % chunks_per_row) * L
@@ -53,24 +53,22 @@ def chunk_tokens(chunk, T, chunks_per_row, p_bounds, p_first_chunk, p_sequence, 
 
 
 @triton.jit
-def sequence_chunks(
-    sequence, T, chunks_per_row, segments, chunks_per_segment, p_bounds, p_first_chunk, L: tl.constexpr
-):
+def sequence_chunks(sequence, T, chunks_per_row, spans, chunks_per_span, p_cu_seqlens, p_first_chunk, L: tl.constexpr):
     """Row of the batch, first token and end of a sequence, its first chunk and the one after its last. Sequences that
-    are not packed may be cut into segments, numbered sequence by sequence."""
-    if p_bounds is not None:
+    are not packed may be cut into spans, numbered sequence by sequence."""
+    if p_cu_seqlens is not None:
         row = sequence * 0
-        start = tl.load(p_bounds + sequence)
-        end = tl.load(p_bounds + sequence + 1)
+        start = tl.load(p_cu_seqlens + sequence)
+        end = tl.load(p_cu_seqlens + sequence + 1)
         first = tl.load(p_first_chunk + sequence)
         last = tl.load(p_first_chunk + sequence + 1)
     else:
-        row = sequence // segments
-        chunk = sequence % segments * chunks_per_segment
+        row = sequence // spans
+        chunk = sequence % spans * chunks_per_span
         start = chunk * L
         end = T
         first = row * chunks_per_row + chunk
-        last = row * chunks_per_row + tl.minimum(chunk + chunks_per_segment, chunks_per_row)
+        last = row * chunks_per_row + tl.minimum(chunk + chunks_per_span, chunks_per_row)
     return tl.cast(row, tl.int64), start, end, first, last
 
 
@@ -81,7 +79,7 @@ def features(p, row, start, h, stride_b, stride_t, stride_h):
 
 
 @triton.jit
-def load_border(p_chunk_decay, p_m, p_m_next, o_chunk):
+def load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk):
     """A and m' of a chunk. m' - m is exact where they are close: A makes up for the rounding of m'."""
     m_next = tl.load(p_m_next + o_chunk)
     return tl.exp(tl.load(p_chunk_decay + o_chunk) - (m_next - tl.load(p_m + o_chunk))), m_next
@@ -108,27 +106,27 @@ def store_tile(p, block, o_row, o_column, stride, in_row, in_column):
 
 
 @triton.jit
-def load_live(p_segment, o_gate, inside):
+def load_live(p_reset_count, o_gate, in_t):
     """Tokens that exist and are not masked out. The others are never read: what stands there may be anything."""
-    return tl.load(p_segment + o_gate, mask=inside, other=-1) >= 0
+    return tl.load(p_reset_count + o_gate, mask=in_t, other=-1) >= 0
 
 
 @triton.jit
-def load_stabilizer(p_coarse, p_fine, p_m_local, p_segment, o_gate, inside, m):
+def load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_reset_count, o_gate, in_t, m):
     """m_t and b_t + m as it reaches token t: -inf behind a reset. A dead token has m_t = inf: it weighs nothing."""
-    segment = tl.load(p_segment + o_gate, mask=inside, other=-1)
-    b = tl.load(p_coarse + o_gate, mask=inside, other=0) / UNITS + tl.load(p_fine + o_gate, mask=inside, other=0.0)
-    carried = tl.where(segment == 0, b + m, float("-inf"))
-    m_t = stabilizer(carried, tl.load(p_m_local + o_gate, mask=inside, other=0.0))
-    return tl.where(segment < 0, float("inf"), m_t), carried
+    reset_count = tl.load(p_reset_count + o_gate, mask=in_t, other=-1)
+    b = tl.load(p_coarse + o_gate, mask=in_t, other=0) / UNITS + tl.load(p_fine + o_gate, mask=in_t, other=0.0)
+    from_state = tl.where(reset_count == 0, b + m, float("-inf"))
+    m_t = stabilizer(from_state, tl.load(p_m_in_chunk + o_gate, mask=in_t, other=0.0))
+    return tl.where(reset_count < 0, float("inf"), m_t), from_state
 
 
 @triton.jit
-def pair_weights(p_coarse, p_fine, p_log_i, o_gate, inside, m, L: tl.constexpr):
+def pair_weights(p_coarse, p_fine, p_log_i, o_gate, in_t, m, L: tl.constexpr):
     """P [L, L]: b_t - b_j + i_j - m_t, summed so that what is exact stays exact."""
-    coarse = tl.load(p_coarse + o_gate, mask=inside, other=0)
-    fine = tl.load(p_fine + o_gate, mask=inside, other=0.0)
-    log_i = tl.load(p_log_i + o_gate, mask=inside, other=float("-inf"))
+    coarse = tl.load(p_coarse + o_gate, mask=in_t, other=0)
+    fine = tl.load(p_fine + o_gate, mask=in_t, other=0.0)
+    log_i = tl.load(p_log_i + o_gate, mask=in_t, other=float("-inf"))
     log_p = (coarse[:, None] - coarse[None, :]) / UNITS + ((fine - m)[:, None] + (log_i - fine)[None, :])
     o_l = tl.arange(0, L)
     return tl.exp(tl.where(o_l[:, None] >= o_l[None, :], log_p, float("-inf")))

@@ -46,19 +46,19 @@ def tanh(x):
 
 
 @triton.jit
-def work(N, T, p_bounds, H: tl.constexpr, BB: tl.constexpr):
-    """The program's head and sequences; for each sequence whether it exists, its row, first token and length."""
+def work(N, T, p_cu_seqlens, H: tl.constexpr, BB: tl.constexpr):
+    """The program's head and sequences; for each sequence whether it in_n, its row, first token and length."""
     o_n = tl.cast(tl.program_id(0) // H * BB + tl.arange(0, BB), tl.int64)
-    exists = o_n < N
-    if p_bounds is not None:
+    in_n = o_n < N
+    if p_cu_seqlens is not None:
         row = tl.zeros_like(o_n)
-        start = tl.load(p_bounds + o_n, mask=exists, other=0).to(tl.int64)
-        length = tl.load(p_bounds + o_n + 1, mask=exists, other=0).to(tl.int64) - start
+        start = tl.load(p_cu_seqlens + o_n, mask=in_n, other=0).to(tl.int64)
+        length = tl.load(p_cu_seqlens + o_n + 1, mask=in_n, other=0).to(tl.int64) - start
     else:
-        row = tl.where(exists, o_n, 0)
+        row = tl.where(in_n, o_n, 0)
         start = tl.zeros_like(o_n)
-        length = tl.where(exists, tl.zeros_like(o_n) + T, 0)
-    return tl.program_id(0) % H, o_n, exists, row, start, length
+        length = tl.where(in_n, tl.zeros_like(o_n) + T, 0)
+    return tl.program_id(0) % H, o_n, in_n, row, start, length
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def store_four(p, offsets, stride, b_0, b_1, b_2, b_3, mask):
 
 @triton.jit
 def load_weights(
-    p_weight,
+    p_recurrent_weight,
     h,
     o_row,
     o_column,
@@ -111,7 +111,7 @@ def load_weights(
     """[rows, columns] of each gate's R, 0 outside."""
     mask = (o_row < D)[:, None] & (o_column < D)[None, :]
     offsets = h * (D * D) + o_row[:, None] * stride_row + o_column[None, :] * stride_column
-    w_i, w_f, w_z, w_o = load_four(p_weight, offsets, H * D * D, mask)
+    w_i, w_f, w_z, w_o = load_four(p_recurrent_weight, offsets, H * D * D, mask)
     return w_i.to(DOT), w_f.to(DOT), w_z.to(DOT), w_o.to(DOT)
 
 
@@ -162,10 +162,10 @@ def cell_backward(dh, dc, dn, b_u, b_shut, b_z, b_o, b_c, b_c_before):
 @triton.jit(do_not_specialize=PER_CALL)
 def forward_resident_kernel(
     p_gates,
-    p_weight,  # (4, H, D_out, D_in)
+    p_recurrent_weight,  # (4, H, D_out, D_in)
     p_bias,
     p_mask,
-    p_bounds,
+    p_cu_seqlens,
     p_h_initial,
     p_c_initial,
     p_n_initial,
@@ -192,10 +192,10 @@ def forward_resident_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
     o_d = tl.arange(0, BD)
-    inside = exists[:, None] & (o_d < D)[None, :]
-    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_d, o_d, 1, D, H, D, DOT)
+    inside = in_n[:, None] & (o_d < D)[None, :]
+    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, 1, D, H, D, DOT)
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
 
@@ -249,10 +249,10 @@ def forward_resident_kernel(
 @triton.jit(do_not_specialize=PER_CALL)
 def forward_streamed_kernel(
     p_gates,
-    p_weight,  # (4, H, D_out, D_in)
+    p_recurrent_weight,  # (4, H, D_out, D_in)
     p_bias,
     p_mask,
-    p_bounds,
+    p_cu_seqlens,
     p_h_initial,
     p_c_initial,
     p_n_initial,
@@ -282,7 +282,7 @@ def forward_streamed_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
@@ -292,7 +292,7 @@ def forward_streamed_kernel(
 
     for first in range(0, D, BD):
         o_d = first + tl.arange(0, BD)
-        inside = exists[:, None] & (o_d < D)[None, :]
+        inside = in_n[:, None] & (o_d < D)[None, :]
         o_state = o_head[:, None] + o_d[None, :]
         b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
         tl.store(p_h_final + o_state, b_h, mask=inside)
@@ -310,7 +310,7 @@ def forward_streamed_kernel(
         # All addresses of a step, kept in registers from step to step, would fill these.
         for first in tl.range(0, units, BD, disable_licm=True):
             o_d = first + tl.arange(0, BD)
-            inside = exists[:, None] & (o_d < D)[None, :]
+            inside = in_n[:, None] & (o_d < D)[None, :]
             alive = live[:, None] & inside
             x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, t, stride_gt, o_d), stride_gg, alive)
             bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
@@ -321,8 +321,8 @@ def forward_streamed_kernel(
             for first_k in range(0, units, BK):
                 o_k = first_k + tl.arange(0, BK)
                 o_before = o_head[:, None] + o_k[None, :]
-                b_h_before = tl.load(p_read + o_before, mask=exists[:, None] & (o_k < D)[None, :], other=0.0).to(DOT)
-                w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, 1, D, H, D, DOT)
+                b_h_before = tl.load(p_read + o_before, mask=in_n[:, None] & (o_k < D)[None, :], other=0.0).to(DOT)
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, 1, D, H, D, DOT)
                 b_i = tl.dot(b_h_before, w_i, acc=b_i, input_precision=PRECISION)
                 b_f = tl.dot(b_h_before, w_f, acc=b_f, input_precision=PRECISION)
                 b_z = tl.dot(b_h_before, w_z, acc=b_z, input_precision=PRECISION)
@@ -351,7 +351,7 @@ def forward_streamed_kernel(
     # Without a step the state is not even brought to n = 1.
     for first in range(0, D, BD):
         o_d = first + tl.arange(0, BD)
-        inside = exists[:, None] & (o_d < D)[None, :]
+        inside = in_n[:, None] & (o_d < D)[None, :]
         untouched = inside & (touched == 0)[:, None]
         o_state = o_head[:, None] + o_d[None, :]
         tl.store(p_n_final + o_state, tl.load(p_n_initial + o_state, mask=untouched, other=1.0), mask=inside)
@@ -364,9 +364,9 @@ def forward_streamed_kernel(
 
 @triton.jit(do_not_specialize=PER_CALL)
 def backward_resident_kernel(
-    p_weight,  # (4, H, D_out, D_in)
+    p_recurrent_weight,  # (4, H, D_out, D_in)
     p_mask,
-    p_bounds,
+    p_cu_seqlens,
     p_saved,  # (B, T, 4, H, D)
     p_c,  # (B, T, H, D)
     p_c_initial,  # that of n = 1
@@ -390,10 +390,10 @@ def backward_resident_kernel(
     PRECISION: tl.constexpr,
 ):
     """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
-    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
     o_d = tl.arange(0, BD)
-    inside = exists[:, None] & (o_d < D)[None, :]
-    w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_d, o_d, D, 1, H, D, DOT)
+    inside = in_n[:, None] & (o_d < D)[None, :]
+    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, D, 1, H, D, DOT)
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_dh = tl.load(p_dh_final + o_state, mask=inside, other=0.0)
     b_dc = tl.load(p_dc_final + o_state, mask=inside, other=0.0)
@@ -450,9 +450,9 @@ def backward_resident_kernel(
 
 @triton.jit(do_not_specialize=PER_CALL)
 def backward_streamed_kernel(
-    p_weight,  # (4, H, D_out, D_in)
+    p_recurrent_weight,  # (4, H, D_out, D_in)
     p_mask,
-    p_bounds,
+    p_cu_seqlens,
     p_saved,  # (B, T, 4, H, D)
     p_c,  # (B, T, H, D)
     p_c_initial,  # that of n = 1
@@ -479,7 +479,7 @@ def backward_streamed_kernel(
     PRECISION: tl.constexpr,
 ):
     """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
-    h, o_n, exists, row, start, length = work(N, T, p_bounds, H, BB)
+    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
     o_head = (o_n * H + h) * D
@@ -488,7 +488,7 @@ def backward_streamed_kernel(
 
     for first in range(0, D, BD):
         o_d = first + tl.arange(0, BD)
-        inside = exists[:, None] & (o_d < D)[None, :]
+        inside = in_n[:, None] & (o_d < D)[None, :]
         o_state = o_head[:, None] + o_d[None, :]
         tl.store(p_dh_initial + o_state, tl.load(p_dh_final + o_state, mask=inside), mask=inside)
         tl.store(p_dc_initial + o_state, tl.load(p_dc_final + o_state, mask=inside), mask=inside)
@@ -504,14 +504,14 @@ def backward_streamed_kernel(
         # All addresses of a step, kept in registers from step to step, would fill these.
         for first in tl.range(0, units, BD, disable_licm=True):
             o_d = first + tl.arange(0, BD)
-            inside = exists[:, None] & (o_d < D)[None, :]
+            inside = in_n[:, None] & (o_d < D)[None, :]
             o_state = o_head[:, None] + o_d[None, :]
             b_dh = tl.load(p_dh_initial + o_state, mask=inside, other=0.0)
             for first_k in range(0, units, BK):
                 o_k = first_k + tl.arange(0, BK)
                 o_behind = o_dx[:, None] + o_k[None, :]
-                d_i, d_f, d_z, d_o = load_four(p_read, o_behind, H * D, exists[:, None] & (o_k < D)[None, :])
-                w_i, w_f, w_z, w_o = load_weights(p_weight, h, o_k, o_d, D, 1, H, D, DOT)
+                d_i, d_f, d_z, d_o = load_four(p_read, o_behind, H * D, in_n[:, None] & (o_k < D)[None, :])
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, D, 1, H, D, DOT)
                 b_dh = tl.dot(d_i.to(DOT), w_i, acc=b_dh, input_precision=PRECISION)
                 b_dh = tl.dot(d_f.to(DOT), w_f, acc=b_dh, input_precision=PRECISION)
                 b_dh = tl.dot(d_z.to(DOT), w_z, acc=b_dh, input_precision=PRECISION)

@@ -1,0 +1,133 @@
+"""How the sLSTM kernels are launched: tile sizes, scratch memory. Inputs are checked by the callers.
+
+Gates are (B, T, 4, H, D) as projections produce them, with any strides but the last; states and scratch are
+contiguous.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_common import GPU, Tiles, contiguous, dense, dot_options, on_device, strides
+from . import triton_kernels as kernels
+
+
+BB = 16  # sequences per program, the least a matrix product takes
+
+
+def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
+    """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None.
+
+    Nothing depends on T or on the batch size. benchmarks/kernel_resources.py reports the registers and the shared
+    memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it without
+    spilling.
+
+    A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
+    half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. On
+    Blackwell float32 spills all the same unless it has 16 warps, so there it gets 16.
+    """
+    bf16 = dtype == torch.bfloat16
+    maxnreg = None if dtype == torch.float32 else 255
+    large = bf16 and gpu.hopper and D == 128
+    if large or (64 if bf16 else 32) >= D:
+        num_warps = 8 if large or dtype == torch.float32 else 4
+        BD = max(16, triton.next_power_of_2(D))
+        return Tiles(num_warps, num_stages=1, BB=BB, BD=BD, maxnreg=maxnreg)
+    num_warps = 16 if dtype == torch.float32 and gpu.major >= 10 else 8
+    return Tiles(num_warps, num_stages=2, BB=BB, BD=32, BK=64 if bf16 else 32, maxnreg=maxnreg)
+
+
+def _dense(gates: torch.Tensor) -> torch.Tensor:
+    """The gates of one token must lie within 2^31 elements."""
+    far = max(4 * gates.stride(2), gates.shape[3] * gates.stride(3)) >= 2**31
+    return gates.contiguous() if far else dense(gates)
+
+
+def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which products are formed."""
+    return torch.bfloat16 if dot_options(dtype)["DOT"] == tl.bfloat16 else torch.float32
+
+
+def run_forward(gates, recurrent_weight, bias, initial, final, mask, cu_seqlens, save: bool, tiles: Tiles):
+    """h, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c. The final state (h, c, n, m) goes into
+    `final`, which may be `initial` itself where every sequence takes a step."""
+    B, T, _, H, D = gates.shape
+    N = initial[0].shape[0]
+    gates = _dense(gates)
+    h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
+    saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
+    c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
+    kernel, exchange = kernels.forward_resident_kernel, {}
+    if tiles.BK is not None:
+        kernel = kernels.forward_streamed_kernel
+        exchange = {"p_h_before": gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype)), "units": D}
+    with on_device(gates):
+        kernel[(triton.cdiv(N, BB) * H,)](
+            p_gates=gates,
+            p_recurrent_weight=recurrent_weight.contiguous(),
+            p_bias=bias.contiguous(),
+            p_mask=mask,
+            p_cu_seqlens=contiguous(cu_seqlens),
+            p_h_initial=initial[0],
+            p_c_initial=initial[1],
+            p_n_initial=initial[2],
+            p_m_initial=initial[3],
+            p_h_final=final[0],
+            p_c_final=final[1],
+            p_n_final=final[2],
+            p_m_final=final[3],
+            p_h=h,
+            p_saved=saved,
+            p_c=c,
+            **exchange,
+            T=T,
+            N=N,
+            stride_gb=gates.stride(0),
+            stride_gt=gates.stride(1),
+            stride_gg=gates.stride(2),
+            stride_gh=gates.stride(3),
+            **strides(m=mask),
+            H=H,
+            D=D,
+            **tiles.options,
+            **dot_options(gates.dtype),
+        )
+    return h, saved, c
+
+
+def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, tiles: Tiles):
+    """Gradients of the gates and of the initial h, c, n, those of n = 1."""
+    B, T, H, D = dh.shape
+    N = initial_c.shape[0]
+    dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
+    dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
+    kernel, exchange = kernels.backward_resident_kernel, {}
+    if tiles.BK is not None:
+        kernel = kernels.backward_streamed_kernel
+        exchange = {"p_dx": dh.new_zeros(2, N, 4, H, D, dtype=_exchange_dtype(dh.dtype)), "units": D}
+    with on_device(dh):
+        kernel[(triton.cdiv(N, BB) * H,)](
+            p_recurrent_weight=recurrent_weight.contiguous(),
+            p_mask=mask,
+            p_cu_seqlens=contiguous(cu_seqlens),
+            p_saved=saved,
+            p_c=c,
+            p_c_initial=initial_c,
+            p_dh=dh.contiguous(),
+            p_dh_final=dfinal[0].contiguous(),
+            p_dc_final=dfinal[1].contiguous(),
+            p_dn_final=dfinal[2].contiguous(),
+            p_dgates=dgates,
+            p_dh_initial=dinitial[0],
+            p_dc_initial=dinitial[1],
+            p_dn_initial=dinitial[2],
+            **exchange,
+            T=T,
+            N=N,
+            **strides(m=mask),
+            H=H,
+            D=D,
+            **tiles.options,
+            **dot_options(dh.dtype),
+        )
+    return dgates, *dinitial
