@@ -1,6 +1,5 @@
 """The mLSTM's inputs in every regime of its gates, and the float64 recurrence as the judge of all backends."""
 
-import pytest
 import torch
 from common import relative_error
 from oracle import BF16, DEVICE, F16, F32, F64, double, state_dtype
@@ -35,21 +34,6 @@ TOLERANCE = {
     ("triton", F16): bounds(2e-3, 3e-3, dv=2e-3, dc0=2e-3, dfgate=5e-3, dn0=5e-3),
     ("triton", BF16): bounds(1e-2, 3e-2, dv=1.5e-2, dc0=1.5e-2, dfgate=5e-2),
 }
-
-
-@pytest.fixture
-def backend(request, monkeypatch):
-    """The name of a backend; "on chip" is Triton with C in registers during the forward pass, here in float32, too,
-    which shows more than bfloat16. Its head dims must be multiples of 16."""
-    if request.param in ("reference", "torch"):
-        return request.param
-    pytest.importorskip("triton")
-    if request.param == "on chip":
-        from hf_xlstm.cells.mlstm import triton_launch as launch
-
-        decide, gpu = launch.fused_plan, launch.GPU(hopper=True, processors=1)
-        monkeypatch.setattr(launch, "fused_plan", lambda q, v, *_: decide(q.bfloat16(), v, 1, gpu))
-    return "triton"
 
 
 def make_inputs(B=2, T=70, H=2, K=5, V=7, dtype=F64, gates="unit"):
@@ -96,9 +80,7 @@ def evaluate(inputs, state, weights, gauge=None, **options):
     factor = torch.exp(m - (m if gauge is None else gauge)).to(m.dtype)
     c, n = c * factor[..., None, None], n * factor[..., None]
     used = [(x, w.to(x)) for x, w in zip((h, c, n), weights, strict=True) if w is not None]
-    gradients = torch.autograd.grad(
-        [x for x, _ in used], leaves[:7], [w for _, w in used], materialize_grads=True
-    )
+    gradients = torch.autograd.grad([x for x, _ in used], leaves[:7], [w for _, w in used], materialize_grads=True)
     assert all(d.dtype == x.dtype for d, x in zip(gradients, leaves[:7], strict=True))
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True)), "an argument was modified"
     return dict(zip(FORWARD, (h, c, n, m), strict=True)) | dict(zip(GRADIENTS, gradients, strict=False))
@@ -120,5 +102,6 @@ def assert_exact(inputs, backend, state="any", tolerance=None, weights=(1, 1, 1)
     for name in expected:
         if backend == "triton" and name == "m":
             continue  # another one than the recurrence's, by which c and n were compared
-        assert relative_error(actual[name], expected[name]) < limits[name], name
+        error = relative_error(actual[name], expected[name])
+        assert error < limits[name], f"{name}: {error:.1e}"
     return actual

@@ -7,13 +7,11 @@ import pytest
 import torch
 from common import relative_error
 from mlstm_oracle import (
-    FORWARD,
     GATES,
     GRADIENTS,
     TOLERANCE,
     assert_exact,
     assert_same_states,
-    backend,  # noqa: F401  a fixture
     evaluate,
     make_inputs,
     make_state,
@@ -74,7 +72,9 @@ def test_gradcheck():
 
 
 @on("torch", "triton", dtypes=ALL)
-@pytest.mark.parametrize("length", [1, 7, 17, 64, 65, 130, *(pytest.param(x, marks=pytest.mark.slow) for x in (200, 1000))])
+@pytest.mark.parametrize(
+    "length", [1, 7, 17, 64, 65, 130, *(pytest.param(x, marks=pytest.mark.slow) for x in (200, 1000))]
+)
 def test_lengths_and_dtypes(length, backend, dtype):
     """One token; the recurrence and the chunks of Triton; a whole chunk, one token more, and two."""
     assert_exact(make_inputs(B=2 if length < 17 else 1, T=length, dtype=dtype), backend)
@@ -87,7 +87,7 @@ def test_lengths_and_dtypes(length, backend, dtype):
         (1, 1, 1),
         (3, 16, 1),
         (1, 1, 24),
-        (2, 33, 65),
+        (1, 33, 65),
         (1, 96, 130),
         *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 512, 512), (2, 128, 256), (4, 256, 100))),
     ],
@@ -101,11 +101,11 @@ def test_head_dims(heads, key_dim, value_dim, backend, dtype):
 @pytest.mark.parametrize("situation", ["short", "long", "alone"])
 @pytest.mark.parametrize("gates", GATES)
 def test_gate_regimes(gates, situation, backend, dtype):
-    """With loud, capped and wild gates n q cancels: there the arithmetic of a dtype itself is no better. Alone, without
-    a state before or a loss on the one after, closed forget gates have tiny gradients that must not drown in larger
-    terms."""
+    """With loud, capped and wild gates n q cancels: there the arithmetic of a dtype itself is no better. Alone,
+    without a state before or a loss on the one after, closed forget gates have tiny gradients that must not drown in
+    larger terms."""
     torch.manual_seed(1)  # draws no query for which n q cancels almost completely
-    inputs = make_inputs(B=1, T=12 if situation == "short" else 130, K=48, V=80, dtype=dtype, gates=gates)
+    inputs = make_inputs(B=1, T=12 if situation == "short" else 70, H=1, K=16, V=16, dtype=dtype, gates=gates)
     alone = situation == "alone"
     assert_exact(inputs, backend, state=None if alone else "any", weights=(1, 0, 0) if alone else (1, 1, 1))
 
@@ -113,9 +113,7 @@ def test_gate_regimes(gates, situation, backend, dtype):
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 64, 1000])
 @pytest.mark.parametrize("masked", [False, True])
 def test_chunk_size_changes_nothing(chunk_size, masked):
-    assert_exact(
-        make_inputs(T=200), "torch", chunk_size=chunk_size, mask=torch.rand(2, 200) < 0.8 if masked else None
-    )
+    assert_exact(make_inputs(T=200), "torch", chunk_size=chunk_size, mask=torch.rand(2, 200) < 0.8 if masked else None)
 
 
 @on("torch", "triton")
@@ -359,9 +357,7 @@ def test_gradients_through_pieces(pieces, backend, dtype):
     inputs[4].add_(3)
     state = state_for(inputs)
     leaves = [x.detach().requires_grad_() for x in (*inputs, *state[:2])]
-    h, (c, n, m) = mlstm(
-        *leaves[:5], initial_state=(*leaves[5:], state[2]), output_final_state=True, backend=backend
-    )
+    h, (c, n, m) = mlstm(*leaves[:5], initial_state=(*leaves[5:], state[2]), output_final_state=True, backend=backend)
     weights = [torch.randn_like(x) for x in (h, c, n)]
     expected = torch.autograd.grad((h, c, n), leaves, weights)
 
