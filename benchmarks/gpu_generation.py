@@ -66,8 +66,8 @@ def check() -> dict:
         tokens = torch.randint(config.vocab_size, (2, 80))
     expected = model(tokens).logits[:, -8:]
     cache = xLSTMCache(config)
-    model(tokens[:, :-8], past_key_values=cache)
-    steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(72, 80)]
+    model(tokens[:, :-8], cache=cache)
+    steps = [model(tokens[:, t : t + 1], cache=cache).logits for t in range(72, 80)]
     error = ((torch.cat(steps, dim=1) - expected).norm() / expected.norm()).item()
     if not error < 1e-3:
         raise ValueError(f"wrong result: logits are off by {error:.1e}")

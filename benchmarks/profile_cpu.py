@@ -28,7 +28,7 @@ def measure(size: str, dtype: str, length: int) -> dict[str, float]:
     ids = random_tokens(1, length)
 
     def run() -> None:
-        model(ids, past_key_values=cache if length == 1 else xLSTMCache(model.config), logits_to_keep=1)
+        model(ids, cache=cache if length == 1 else xLSTMCache(model.config), logits_to_keep=1)
 
     for _ in range(STEPS if length == 1 else 2):
         run()

@@ -384,10 +384,10 @@ def constant_cost(seeds: int, output: Path) -> list[dict]:
         for context in (256, 1024, 4096, 16384):
             seen = 0 if cache is None else cache.get_seq_length()
             prompt = torch.randint(0, 1024, (1, context - seen))
-            cache = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(prompt, cache=cache, use_cache=True, logits_to_keep=1).cache
             bytes_[name][context] = _cache_bytes(cache)
             own = copy.deepcopy(cache)
-            steps[context] = lambda model=model, own=own: model(token, past_key_values=own, use_cache=True)
+            steps[context] = lambda model=model, own=own: model(token, cache=own, use_cache=True)
         seconds[name] = _in_turns(steps, 60)
     _plot(output / "constant_cost_time.png", seconds, "context, tokens", "seconds per token", "Time per token")
     _plot(output / "constant_cost_memory.png", bytes_, "context, tokens", "bytes", "State of one sequence")

@@ -39,8 +39,8 @@ def bits_per_byte(
         cache = None
         for start in range(0, targets.shape[1], window):
             here = slice(start, min(start + window, targets.shape[1]))
-            outputs = model(ids[:, here], attention_mask=mask[:, here], past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(ids[:, here], attention_mask=mask[:, here], cache=cache, use_cache=True)
+            cache = outputs.cache
             logits = outputs.logits.float().flatten(0, 1)
             nats += torch.nn.functional.cross_entropy(logits, targets[:, here].flatten(), reduction="sum").item()
     model.train(was_training)

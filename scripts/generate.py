@@ -31,12 +31,12 @@ def decoding_cost(model: PreTrainedModel, context: torch.Tensor, new_tokens: int
     cache = None
     start = time.perf_counter()
     for ids in context.split(PREFILL_WINDOW, dim=1):
-        outputs = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = outputs.past_key_values
+        outputs = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        cache = outputs.cache
     read = time.perf_counter()
     for _ in range(new_tokens):
         token = outputs.logits[:, -1:].argmax(-1)
-        outputs = model(token, past_key_values=cache, use_cache=True)
+        outputs = model(token, cache=cache, use_cache=True)
     token.tolist()  # waits for an accelerator
     end = time.perf_counter()
     return {

@@ -17,7 +17,7 @@ def model(request):
 def read(model, ids: torch.Tensor, cache: xLSTMCache | None = None, **kwargs) -> xLSTMCache:
     cache = xLSTMCache(model.config) if cache is None else cache
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).past_key_values
+        return model(ids, cache=cache, **kwargs).cache
 
 
 def tensors(cache: xLSTMCache) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def assert_identical(actual: xLSTMCache, expected: xLSTMCache) -> None:
 def test_model_returns_the_cache_it_was_given(model):
     cache = xLSTMCache(model.config)
     assert read(model, tokens(2, 5), cache) is cache
-    assert isinstance(model(tokens(2, 5)).past_key_values, xLSTMCache)
+    assert isinstance(model(tokens(2, 5)).cache, xLSTMCache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,11 +82,11 @@ def test_states_needed_by_a_backward_pass_are_not_overwritten(model, length):
     """With gradients on, a forward pass continues from the cache and may be differentiated after the next one."""
     cache = read(model, tokens(2, 5))
     expected_cache = copy.deepcopy(cache)
-    first = model(tokens(2, length), past_key_values=cache).logits
-    model(tokens(2, length, seed=1), past_key_values=cache)
+    first = model(tokens(2, length), cache=cache).logits
+    model(tokens(2, length, seed=1), cache=cache)
     assert not any(x.requires_grad for x in tensors(cache))
     gradients = torch.autograd.grad(first.sum(), model.parameters(), allow_unused=True)
-    expected = model(tokens(2, length), past_key_values=expected_cache).logits
+    expected = model(tokens(2, length), cache=expected_cache).logits
     for x, y in zip(
         gradients, torch.autograd.grad(expected.sum(), model.parameters(), allow_unused=True), strict=True
     ):
@@ -157,8 +157,8 @@ def test_deepcopy(model, with_gradients):
     cache = xLSTMCache(model.config)
     copy.deepcopy(cache)
     with torch.set_grad_enabled(with_gradients):
-        model(tokens(2, 7), past_key_values=cache)
-        model(tokens(2, 1), past_key_values=cache)
+        model(tokens(2, 7), cache=cache)
+        model(tokens(2, 1), cache=cache)
     twin = copy.deepcopy(cache)
     assert_identical(twin, cache)
     before = copy.deepcopy(cache)

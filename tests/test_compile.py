@@ -66,15 +66,15 @@ def test_decode_step(stack):
     """One graph for all steps, which writes the states where they are."""
     model, ids = tiny_model(**STACKS[stack]), tokens(2, 20)
     expected = model(ids, use_cache=True)
-    cache = model(ids[:, :10], use_cache=True).past_key_values
+    cache = model(ids[:, :10], use_cache=True).cache
     addresses = [x.data_ptr() for layer in cache.layers for x in layer.tensors().values()]
-    step = compiled(lambda ids, cache: model(ids, past_key_values=cache).logits)
+    step = compiled(lambda ids, cache: model(ids, cache=cache).logits)
     with at_most(1):
         logits = [step(token, cache) for token in ids[:, 10:].split(1, dim=1)]
     assert relative_error(torch.cat(logits, dim=1), expected.logits[:, 10:]) < 1e-5
     assert [x.data_ptr() for layer in cache.layers for x in layer.tensors().values()] == addresses
     assert cache.get_seq_length() == 20
-    assert_same_states(cache, expected.past_key_values)
+    assert_same_states(cache, expected.cache)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_decode_step(stack):
 def test_decode_step_may_become_a_cuda_graph(stack):
     """It does not if it writes to an input that torch.compile does not know to stay where it is."""
     model = tiny_model(**STACKS[stack])
-    cache = model(tokens(2, 10), use_cache=True).past_key_values
+    cache = model(tokens(2, 10), use_cache=True).cache
     mutated = {}
 
     def inner_compile(module, example_inputs, static_input_idxs=(), **options):
@@ -92,7 +92,7 @@ def test_decode_step_may_become_a_cuda_graph(stack):
         return result
 
     step = compiled(
-        lambda ids, cache: model(ids, past_key_values=cache).logits,
+        lambda ids, cache: model(ids, cache=cache).logits,
         lambda module, inputs: compile_fx(module, inputs, inner_compile=inner_compile),
     )
     step(tokens(2, 1), cache)
@@ -166,8 +166,8 @@ def test_inductor_training(stack):
 @stacks
 def test_inductor_decoding(stack):
     model, ids = tiny_model(**STACKS[stack]), tokens(2, 20)
-    cache = model(ids[:, :10], use_cache=True).past_key_values
-    step = compiled(lambda ids, cache: model(ids, past_key_values=cache).logits, "inductor")
+    cache = model(ids[:, :10], use_cache=True).cache
+    step = compiled(lambda ids, cache: model(ids, cache=cache).logits, "inductor")
     logits = [step(token, cache) for token in ids[:, 10:].split(1, dim=1)]
     assert relative_error(torch.cat(logits, dim=1), model(ids).logits[:, 10:]) < 1e-5
 
@@ -179,7 +179,7 @@ class Prefill(torch.nn.Module):
 
     def forward(self, ids):
         outputs = self.model(ids, use_cache=True)
-        return outputs.logits, [layer.tensors() for layer in outputs.past_key_values.layers]
+        return outputs.logits, [layer.tensors() for layer in outputs.cache.layers]
 
 
 class Step(torch.nn.Module):
@@ -196,7 +196,7 @@ class Step(torch.nn.Module):
             if "conv" in tensors:
                 layer.update_conv_state(tensors.pop("conv"))
             layer.update(tuple(tensors.values()))
-        logits = self.model(ids, past_key_values=cache).logits
+        logits = self.model(ids, cache=cache).logits
         return logits, [layer.tensors() for layer in cache.layers]
 
 

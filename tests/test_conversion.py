@@ -150,7 +150,7 @@ def test_logits_gradients_and_states(variant, kind, tmp_path):
     ids = tokens(2, 11)
     expected, states = logits_and_states(parameters, config, ids)
     cache = xLSTMCache(model.config)
-    actual = model(ids, past_key_values=cache).logits
+    actual = model(ids, cache=cache).logits
     assert relative_error(actual, expected) < 1e-10
 
     direction = torch.randn_like(expected)
@@ -196,15 +196,15 @@ def test_against_the_package(variant, tmp_path):
         for token in ids.split(1, dim=1):
             step, state = theirs.step(token) if state is None else theirs.step(token, state)
             logits.append(step)
-        assert relative_error(ours(ids, past_key_values=cache).logits, torch.cat(logits, dim=1)) < 1e-6
+        assert relative_error(ours(ids, cache=cache).logits, torch.cat(logits, dim=1)) < 1e-6
         assert relative_error(ours(ids).logits, theirs(ids)) < 1e-5
         converted = conversion.cache_from_xlstm(state, ours.config, seen_tokens=11)
         assert_same_states(converted, cache)
         following = tokens(2, 1, seed=1)
         expected = theirs.step(following, state)[0]
-        assert relative_error(ours(following, past_key_values=converted).logits, expected) < 1e-6
+        assert relative_error(ours(following, cache=converted).logits, expected) < 1e-6
         expected = theirs.step(following, conversion.cache_to_xlstm(cache, ours.config))[0]
-        assert relative_error(ours(following, past_key_values=cache).logits, expected) < 1e-6
+        assert relative_error(ours(following, cache=cache).logits, expected) < 1e-6
 
 
 # ---- there and back

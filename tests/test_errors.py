@@ -205,7 +205,7 @@ def model():
 
 
 def filled_cache(model, batch_size: int = 2) -> xLSTMCache:
-    return model(tokens(batch_size, 5), use_cache=True).past_key_values
+    return model(tokens(batch_size, 5), use_cache=True).cache
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_model_inputs(model, inputs, message):
         model(**inputs)
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"batch_size": 3}, r"`past_key_values` has batch size 3, the input has 2"),
+        ({"batch_size": 3}, r"`cache` has batch size 3, the input has 2"),
         (
             {"num_hidden_layers": 3, "layer_types": [*MIXED, "mlstm"]},
-            r"`past_key_values` has 3 layers, the model.* 2",
+            r"`cache` has 3 layers, the model.* 2",
         ),
         ({"layer_types": MIXED[::-1]}, r"another configuration: layer 0 is slstm .* the model's is mlstm"),
         (
@@ -260,20 +260,20 @@ def test_cache_of_something_else(model, other, message, name):
 
 def test_two_names_for_one_cache(model):
     cache = filled_cache(model)
-    with pytest.raises(ValueError, match="`cache_params` is an alias of `past_key_values`"):
-        model(tokens(2, 3), past_key_values=cache, cache_params=cache)
+    with pytest.raises(ValueError, match="`cache` and `cache_params` are names of the same argument"):
+        model(tokens(2, 3), cache=cache, cache_params=cache)
     assert cache.get_seq_length() == 5
 
 
 def test_foreign_cache(model):
-    with pytest.raises(ValueError, match="`past_key_values` must be an xLSTMCache, got DynamicCache"):
-        model(tokens(2, 3), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="`cache` must be an xLSTMCache, got DynamicCache"):
+        model(tokens(2, 3), cache=DynamicCache())
 
 
 def test_packed_sequences_do_not_continue_a_cache(model):
     cache = filled_cache(model, 1)
-    with pytest.raises(ValueError, match="`past_key_values`"):
-        model(tokens(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+    with pytest.raises(ValueError, match="`cache`"):
+        model(tokens(1, 4), cache=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
     assert cache.get_seq_length() == 5
 
 
@@ -281,7 +281,7 @@ def test_failed_forward_leaves_the_cache_alone(model):
     cache = filled_cache(model)
     before = copy.deepcopy(cache)
     with pytest.raises(IndexError):
-        model(tokens(2, 3) + 1000, past_key_values=cache)
+        model(tokens(2, 3) + 1000, cache=cache)
     assert cache.get_seq_length() == 5
     assert torch.equal(cache.layers[0].tensors()["c"], before.layers[0].tensors()["c"])
 

@@ -82,7 +82,7 @@ def test_gradient_checkpointing_refuses_a_state():
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="Gradient checkpointing cannot continue"):
-        model(tokens(1, 4), past_key_values=xLSTMCache(model.config))
+        model(tokens(1, 4), cache=xLSTMCache(model.config))
 
 
 def test_neftune(tmp_path):
@@ -287,14 +287,14 @@ def test_truncated_backpropagation():
     for x, y in zip(inputs.split(8, dim=1), labels.split(8, dim=1), strict=True):
         y = y.contiguous()
         before = copy.deepcopy(state)
-        outputs = model(x, labels=y, shift_labels=y, past_key_values=state, use_cache=True)
-        state = outputs.past_key_values
+        outputs = model(x, labels=y, shift_labels=y, cache=state, use_cache=True)
+        state = outputs.cache
         losses.append(outputs.loss)
         gradients.append(torch.autograd.grad(outputs.loss, model.lm_head.weight, retain_graph=True)[0])
         # what the window before handed over is a constant
         model.zero_grad()
         outputs.loss.backward()
-        again = model(x, labels=y, shift_labels=y, past_key_values=before).loss
+        again = model(x, labels=y, shift_labels=y, cache=before).loss
         for parameter, gradient in zip(
             model.parameters(), torch.autograd.grad(again, list(model.parameters())), strict=True
         ):
@@ -308,7 +308,7 @@ def test_truncated_backpropagation():
 def test_state_tuning(variant, tmp_path):
     """The initial state as the only parameters: learnt, saved as a cache, continued from."""
     model, ids = tiny_model(**variant).requires_grad_(False), tokens(3, 12)
-    prompt = model(tokens(1, 5, seed=1), use_cache=True).past_key_values
+    prompt = model(tokens(1, 5, seed=1), use_cache=True).cache
     states = [tuple(x.clone().requires_grad_() for x in layer.state) for layer in prompt.layers]
 
     def initial_cache(batch_size: int) -> xLSTMCache:
@@ -322,7 +322,7 @@ def test_state_tuning(variant, tmp_path):
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
     losses = []
     for _ in range(15):
-        loss = model(ids, labels=ids, past_key_values=initial_cache(3)).loss
+        loss = model(ids, labels=ids, cache=initial_cache(3)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -337,10 +337,10 @@ def test_state_tuning(variant, tmp_path):
         cache.save_pretrained(tmp_path)
         loaded = xLSTMCache.from_pretrained(tmp_path)
         assert loaded.get_seq_length() == 0
-        expected = model(ids[:1], past_key_values=cache).logits
-        assert relative_error(model(ids[:1], past_key_values=loaded).logits, expected) < 1e-6
+        expected = model(ids[:1], cache=cache).logits
+        assert relative_error(model(ids[:1], cache=loaded).logits, expected) < 1e-6
         before = copy.deepcopy(states)
-        generated = model.generate(ids, past_key_values=initial_cache(3), max_new_tokens=3, do_sample=False)
+        generated = model.generate(ids, cache=initial_cache(3), max_new_tokens=3, do_sample=False)
         assert generated.shape == (3, 15)
         assert all(x.equal(y) for a, b in zip(states, before) for x, y in zip(a, b))
         plain = model.generate(ids, max_new_tokens=3, do_sample=False)

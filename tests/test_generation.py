@@ -108,14 +108,14 @@ def test_prefill_in_chunks(model, size):
 def test_continuing_from_a_cache(model, saved, tmp_path):
     """Each turn feeds only what the cache has not seen; `generate` finds out what that is."""
     first = generate(model, PROMPTS["batch"], max_new_tokens=5, return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first.cache
     assert isinstance(cache, xLSTMCache)
     assert cache.get_seq_length() == 14  # the last token was said but not yet read
     if saved:
         cache.save_pretrained(tmp_path)
         cache = xLSTMCache.from_pretrained(tmp_path)
     turn = torch.cat([first.sequences, tokens(3, 4, seed=2)], dim=1)
-    assert torch.equal(generate(model, turn, past_key_values=cache), greedy(model, turn))
+    assert torch.equal(generate(model, turn, cache=cache), greedy(model, turn))
 
 
 def test_continuing_one_prompt_many_times(model):
@@ -123,13 +123,13 @@ def test_continuing_one_prompt_many_times(model):
     prompt = tokens(1, 10)
     cache = xLSTMCache(model.config)
     with torch.no_grad():
-        model(prompt, past_key_values=cache)
+        model(prompt, cache=cache)
     for seed in (1, 2):
         ids = torch.cat([prompt, tokens(1, 3, seed=seed)], dim=1)
-        assert torch.equal(generate(model, ids, past_key_values=copy.deepcopy(cache)), greedy(model, ids))
+        assert torch.equal(generate(model, ids, cache=copy.deepcopy(cache)), greedy(model, ids))
     cache.batch_repeat_interleave(4)
     ids = torch.cat([prompt.expand(4, -1), tokens(4, 3)], dim=1)
-    assert torch.equal(generate(model, ids, past_key_values=cache), greedy(model, ids))
+    assert torch.equal(generate(model, ids, cache=cache), greedy(model, ids))
 
 
 class Collector(BaseStreamer):

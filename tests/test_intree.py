@@ -108,7 +108,7 @@ def test_state(tmp_path):
     """Theirs after the prompt: the same c, n and m, up to the layout of m."""
     ours, theirs = pair(tmp_path)
     ids = tokens(2, 37)
-    cache, their_cache = ours(ids).past_key_values, theirs(ids, use_cache=True).cache_params
+    cache, their_cache = ours(ids).cache, theirs(ids, use_cache=True).cache_params
     for index, layer in enumerate(cache.layers):
         c, n, m = their_cache.rnn_state[index]
         state = layer.tensors()

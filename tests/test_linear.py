@@ -141,15 +141,13 @@ def test_joint_product_of_blocked_weights(dtype, rows, products):
 def test_blocked_only_when_it_pays_and_only_while_the_cache_lives(products):
     model, ids = tiny_model().to(torch.bfloat16), tokens(1, 2 * BLOCK_FROM_STEP)
     cache = xLSTMCache(model.config)
-    model(ids[:, :4], past_key_values=cache)  # a step like the others
+    model(ids[:, :4], cache=cache)  # a step like the others
     for step in range(2, 2 * BLOCK_FROM_STEP):
         products.clear()
-        model(ids[:, step : step + 1], past_key_values=cache)
+        model(ids[:, step : step + 1], cache=cache)
         assert bool(products) == (step >= BLOCK_FROM_STEP)
     products.clear()
-    assert torch.equal(
-        model(ids, past_key_values=xLSTMCache(model.config)).logits.isfinite().all(), torch.tensor(True)
-    )
+    assert torch.equal(model(ids, cache=xLSTMCache(model.config)).logits.isfinite().all(), torch.tensor(True))
     assert not products  # another cache
     blocked = weakref.ref(linear._decodings[cache])
     assert blocked() is not None
@@ -164,12 +162,12 @@ def test_blocked_weights_follow_the_weights():
     model, ids = tiny_model().to(torch.bfloat16), tokens(1, 3 * BLOCK_FROM_STEP)
     cache = xLSTMCache(model.config)
     for step in range(2 * BLOCK_FROM_STEP):
-        model(ids[:, step : step + 1], past_key_values=cache)
+        model(ids[:, step : step + 1], cache=cache)
     fresh = copy.deepcopy(cache)  # the state only
     for parameter in model.parameters():
         parameter.mul_(0.5)
-    expected = model(ids[:, -1:], past_key_values=fresh).logits
-    assert torch.equal(model(ids[:, -1:], past_key_values=cache).logits, expected)
+    expected = model(ids[:, -1:], cache=fresh).logits
+    assert torch.equal(model(ids[:, -1:], cache=cache).logits, expected)
 
 
 @torch.no_grad()

@@ -46,9 +46,9 @@ def test_sequence_in_pieces(variant, pieces):
     expected = model(ids, use_cache=True)
     assert relative_error(model(ids, use_cache=False).logits, expected.logits) < 1e-6
     cache = xLSTMCache(model.config)
-    logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+    logits = [model(piece, cache=cache).logits for piece in ids.split(pieces, dim=1)]
     assert relative_error(torch.cat(logits, dim=1), expected.logits) < 1e-5
-    assert_same_states(cache, expected.past_key_values)
+    assert_same_states(cache, expected.cache)
     assert cache.get_seq_length() == 40
 
 
@@ -97,14 +97,14 @@ def test_padding(stack, padding, pieces):
         padded, cache = torch.where(mask, ids, pad), xLSTMCache(model.config)
         ends = torch.tensor(pieces).cumsum(0).tolist()
         logits = [
-            model(piece, attention_mask=mask[:, :end].long(), past_key_values=cache).logits
+            model(piece, attention_mask=mask[:, :end].long(), cache=cache).logits
             for piece, end in zip(padded.split(pieces, dim=1), ends, strict=True)
         ]
         results.append(torch.cat(logits, dim=1)[mask])
         for row in range(3):
             single = model(ids[row, mask[row]][None], use_cache=True)
             assert relative_error(torch.cat(logits, dim=1)[row, mask[row]], single.logits[0]) < 1e-5
-            assert_same_states(cache, single.past_key_values, rows=slice(row, row + 1))
+            assert_same_states(cache, single.cache, rows=slice(row, row + 1))
     assert torch.equal(*results)
 
 
@@ -241,8 +241,8 @@ def test_gradients_do_not_change_with(change, stack):
 
 def test_training_keeps_no_cache():
     model, ids = tiny_model(), tokens(2, 9)
-    assert model(ids).past_key_values is not None
-    assert model.train()(ids).past_key_values is None
+    assert model(ids).cache is not None
+    assert model.train()(ids).cache is None
 
 
 # ---- dtypes

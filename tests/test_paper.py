@@ -124,14 +124,14 @@ def test_convolution_of_the_mlstm_reaches_across_a_cache():
     cache = xLSTMCache(model.config)
     with torch.no_grad():
         whole = model(ids)
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([2, 1, 3, 1, 2], dim=1)]
+        pieces = [model(piece, cache=cache).logits for piece in ids.split([2, 1, 3, 1, 2], dim=1)]
     assert cache.layers[0].conv_state.shape == (2, 4, 64)
     assert relative_error(torch.cat(pieces, dim=1), whole.logits) < 1e-5
-    assert_same_states(cache, whole.past_key_values)
+    assert_same_states(cache, whole.cache)
 
 
 def test_cache_of_another_convolution():
     """Its inputs would not fit."""
-    cache = tiny_model(**PAPER_FIELDS)(tokens(2, 5)).past_key_values
+    cache = tiny_model(**PAPER_FIELDS)(tokens(2, 5)).cache
     with pytest.raises(ValueError, match=r"layer 0 is mlstm \(4, 16, 16, 4\), the model's is mlstm \(4, 16, 16, 3\)"):
-        tiny_model(**PAPER_FIELDS, mlstm_conv_kernel_size=3)(tokens(2, 1), past_key_values=cache)
+        tiny_model(**PAPER_FIELDS, mlstm_conv_kernel_size=3)(tokens(2, 1), cache=cache)

@@ -62,13 +62,13 @@ def test_end_of_text_and_continuation(draft):
     outputs = model.generate(PROMPT, max_new_tokens=25, **options, **drafts("conv")[draft])
     expected = model.generate(PROMPT, max_new_tokens=25, **options)
     assert outputs.sequences.equal(expected.sequences) and outputs.sequences.shape[1] < plain.shape[1]
-    seen = outputs.past_key_values.get_seq_length()
+    seen = outputs.cache.get_seq_length()
     assert seen in (outputs.sequences.shape[1], outputs.sequences.shape[1] - 1)
     cache = xLSTMCache(model.config)
-    model(outputs.sequences[:, :seen], past_key_values=cache)
-    assert_same_states(outputs.past_key_values, cache)
+    model(outputs.sequences[:, :seen], cache=cache)
+    assert_same_states(outputs.cache, cache)
     longer = torch.cat([outputs.sequences, tokens(1, 3)], dim=1)
-    assert model.generate(longer, max_new_tokens=5, do_sample=False, past_key_values=outputs.past_key_values).equal(
+    assert model.generate(longer, max_new_tokens=5, do_sample=False, cache=outputs.cache).equal(
         model.generate(longer, max_new_tokens=5, do_sample=False)
     )
 

@@ -102,7 +102,7 @@ class xLSTMConfig(PreTrainedConfig):
     """
 
     model_type = "xlstm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "embedding_dim": "hidden_size",
         "num_blocks": "num_hidden_layers",
@@ -131,7 +131,7 @@ class xLSTMConfig(PreTrainedConfig):
     }
     base_model_pp_plan = {
         "embeddings": (["input_ids"], ["inputs_embeds"]),
-        "blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "blocks": (["hidden_states", "mask"], ["hidden_states"]),
         "out_norm": (["hidden_states"], ["hidden_states"]),
     }
 

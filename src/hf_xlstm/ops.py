@@ -31,6 +31,7 @@ def mlstm(
     *,
     initial_state: MLSTMState | None = None,
     output_final_state: bool = False,
+    inplace: bool = False,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
@@ -63,6 +64,10 @@ def mlstm(
         ValueError: shapes, dtypes or devices do not fit; the message names the argument.
     """
     check_mlstm(q, k, v, igate, fgate, sequence=True)
+    if initial_state is not None and q.shape[1] == 1 and mask is None and cu_seqlens is None and output_final_state:
+        inputs = (x.squeeze(1) for x in (q, k, v, igate, fgate))
+        h, state = mlstm_step(*inputs, initial_state, scale=scale, eps=eps, inplace=inplace, backend=backend)
+        return h.unsqueeze(1), state
     heads, key_dim = q.shape[2:]
     rows = check_sequence(q, mask, cu_seqlens)
     if initial_state is not None:
@@ -114,6 +119,7 @@ def slstm(
     *,
     initial_state: SLSTMState | None = None,
     output_final_state: bool = False,
+    inplace: bool = False,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
@@ -136,6 +142,17 @@ def slstm(
         ValueError: shapes, dtypes or devices do not fit; the message names the argument.
     """
     check_slstm(gates, recurrent_weight, bias, sequence=True)
+    if (
+        initial_state is not None
+        and gates.shape[1] == 1
+        and mask is None
+        and cu_seqlens is None
+        and output_final_state
+    ):
+        h, state = slstm_step(
+            gates.squeeze(1), recurrent_weight, bias, initial_state, inplace=inplace, backend=backend
+        )
+        return h.unsqueeze(1), state
     rows = check_sequence(gates, mask, cu_seqlens)
     if initial_state is not None:
         check_state(initial_state, slstm_state_shapes(rows, *gates.shape[3:]), "initial_state", gates)
