@@ -42,7 +42,7 @@ def paper(gates, weight, bias, state):
 
 @on("reference", "torch", "triton", "streamed")
 def test_formula_of_the_paper(backend, dtype):
-    leaves = [x.detach().requires_grad_() for x in (*make_inputs(T=20, dtype=dtype), *make_state(dtype=dtype))]
+    leaves = [x.detach().requires_grad_() for x in (*make_inputs(dtype=dtype), *make_state(dtype=dtype))]
     expected = paper(*double(leaves[:3]), double(leaves[3:]))
     h, final = slstm(*leaves[:3], initial_state=tuple(leaves[3:]), output_final_state=True, backend=backend)
     actual = (h, final[0], final[1] * final[3].exp(), final[2] * final[3].exp())
@@ -75,7 +75,7 @@ def test_lengths_and_dtypes(length, backend, dtype):
 
 
 @on("triton", "streamed", dtypes=ALL)
-@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("length", [1, 2, 9])
 def test_short_lengths_and_dtypes(length, backend, dtype):
     assert_exact(make_inputs(B=1, T=length, H=1, dtype=dtype), backend)
 
@@ -83,7 +83,7 @@ def test_short_lengths_and_dtypes(length, backend, dtype):
 @on("torch", "triton", "streamed", dtypes=(F64, F32, BF16))
 @pytest.mark.parametrize("gates", GATES)
 def test_gate_regimes(gates, backend, dtype):
-    length = 12 if backend == "triton" else 150
+    length = 8 if backend == "triton" else 150
     assert_exact(make_inputs(B=1, T=length, H=1, dtype=dtype, gates=gates), backend)
 
 
@@ -197,7 +197,7 @@ def test_strides(layout, backend, dtype):
 @pytest.mark.parametrize("gates_dtype, parameter_dtype", [(F32, BF16), (BF16, F32), (F32, F64), (F64, F32)], ids=str)
 def test_parameters_of_another_dtype(gates_dtype, parameter_dtype, backend, dtype):
     gates_dtype = F16 if (backend, gates_dtype) == ("triton", F64) else gates_dtype
-    gates, weight, bias = make_inputs(T=12, dtype=gates_dtype)
+    gates, weight, bias = make_inputs(T=4, dtype=gates_dtype)
     parameters = weight.to(parameter_dtype), bias.to(parameter_dtype)
     actual = assert_exact((gates, *parameters), backend, tolerance=(1e-2, 3e-2))
     assert actual["dweight"].dtype == actual["dbias"].dtype == parameter_dtype
@@ -220,7 +220,7 @@ def test_autocast_leaves_the_op_alone(backend, dtype):
 @on("torch", "triton", "streamed", dtypes=(F64, F32, BF16))
 @pytest.mark.parametrize("masking", MASKS)
 def test_mask(masking, backend, dtype):
-    inputs = make_inputs(T=8, dtype=dtype)
+    inputs = make_inputs(T=8, H=1, dtype=dtype)
     state = state_for(inputs)
     mask = torch.stack([MASKS[masking](8), torch.ones(8, dtype=torch.bool)]).to(DEVICE)
     actual = assert_exact(inputs, backend, state, mask=mask)
@@ -239,8 +239,8 @@ def test_mask(masking, backend, dtype):
 @pytest.mark.parametrize("masking", MASKS)
 def test_masked_tokens_are_absent(masking, backend, dtype):
     """Gate values alone could not do this: a masked step must not move h either, which the next step reads."""
-    mask = MASKS[masking](20)[None].to(DEVICE)
-    gates, *parameters = make_inputs(B=1, T=20, dtype=dtype)
+    mask = MASKS[masking](10)[None].to(DEVICE)
+    gates, *parameters = make_inputs(B=1, T=10, H=1, dtype=dtype)
     state = state_for((gates,))
     options = {"initial_state": state, "output_final_state": True, "backend": backend}
     h, final = slstm(gates, *parameters, mask=mask, **options)
@@ -254,12 +254,12 @@ def test_masked_tokens_are_absent(masking, backend, dtype):
 
 
 @on("torch", "triton", "streamed", dtypes=(F64, F32))
-@pytest.mark.parametrize("bounds", [[0, 7], [0, 1, 2, 8, 20], [0, 0, 5, 5, 6, 9, 9], list(range(8))], ids=str)
+@pytest.mark.parametrize("bounds", [[0, 7], [0, 1, 2, 5, 8], [0, 0, 5, 5, 6, 9, 9], list(range(8))], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed(bounds, masked, backend, dtype):
     """Against the reference, and against every sequence alone, from its own state."""
     length = bounds[-1]
-    gates, *parameters = make_inputs(B=1, T=length, dtype=dtype)
+    gates, *parameters = make_inputs(B=1, T=length, H=1, dtype=dtype)
     table = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     state = state_for((gates,), table)
     mask = torch.rand(1, length, device=DEVICE) < 0.8 if masked else None
@@ -285,10 +285,10 @@ def test_packed(bounds, masked, backend, dtype):
 @on("torch", "triton", "streamed", dtypes=(F32,))
 def test_packed_documents_do_not_leak(backend, dtype):
     """Not even where the earlier document shouts and the later one whispers."""
-    gates, *parameters = make_inputs(B=1, T=12, dtype=dtype)
-    gates[:, :6, 0], gates[:, 6:, 0] = 15, -15
-    h, _ = slstm(gates, *parameters, cu_seqlens=torch.tensor([0, 6, 12], device=DEVICE), backend=backend)
-    assert relative_error(h[:, 6:], slstm(gates[:, 6:], *parameters, backend=backend)[0]) < 1e-6
+    gates, *parameters = make_inputs(B=1, T=6, H=1, dtype=dtype)
+    gates[:, :3, 0], gates[:, 3:, 0] = 15, -15
+    h, _ = slstm(gates, *parameters, cu_seqlens=torch.tensor([0, 3, 6], device=DEVICE), backend=backend)
+    assert relative_error(h[:, 3:], slstm(gates[:, 3:], *parameters, backend=backend)[0]) < 1e-6
 
 
 @on("reference", "torch", "triton", dtypes=(F32,))
@@ -323,7 +323,7 @@ def test_huge_gates_are_exact(backend, dtype):
 @on("torch", "triton", "streamed")
 def test_infinite_gates_are_exact(backend, dtype):
     """-inf: nothing is stored, everything is forgotten; +inf: everything is kept."""
-    inputs = make_inputs(T=12, dtype=dtype)
+    inputs = make_inputs(T=8, H=1, dtype=dtype)
     inputs[0][:, 3::4, 0], inputs[0][:, 5::6, 1], inputs[0][:, 7::4, 1] = -INF, -INF, INF
     assert_exact(inputs, backend)
 
@@ -332,7 +332,7 @@ def test_infinite_gates_are_exact(backend, dtype):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_step(inplace, backend, dtype):
     """Steps against the sequence; in place they write into the tensors they were given, else they leave them alone."""
-    inputs = make_inputs(B=3, T=5, dtype=dtype)
+    inputs = make_inputs(B=3, T=3, dtype=dtype)
     state = state_for(inputs)
     state[2][0], state[1][0] = 0, 0
     expected_h, expected = slstm(
@@ -364,10 +364,10 @@ def test_step_in_place_leaves_earlier_outputs_alone(backend, dtype):
 
 
 @on("torch", "triton", "streamed")
-@pytest.mark.parametrize("pieces", [[1] * 5, [3, 5, 2]], ids=["steps", "pieces"])
+@pytest.mark.parametrize("pieces", [[1] * 3, [2, 3, 1]], ids=["steps", "pieces"])
 def test_gradients_through_pieces(pieces, backend, dtype):
     """Backpropagation through a sequence run in pieces, by the state between them, equals that in one go."""
-    inputs = make_inputs(T=sum(pieces), dtype=dtype)
+    inputs = make_inputs(T=sum(pieces), H=1, dtype=dtype)
     leaves = [x.detach().requires_grad_() for x in (*inputs, *state_for(inputs))]
     *leaves, m0 = leaves
     gates, *parameters, h0, c0, n0 = leaves
