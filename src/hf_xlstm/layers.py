@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .cache import xLSTMCacheLayer
 from .cells.numerics import gate_dtype
 from .configuration_xlstm import xLSTMConfig
-from .linear import joint_linear, linear_of
+from .linear import joint_linear, recompute_linear
 from .ops import mlstm, mlstm_step, slstm, slstm_step
 from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
@@ -88,7 +88,7 @@ class xLSTMFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
-        return linear_of(swiglu, self.proj_down, gate, up)
+        return recompute_linear(swiglu, self.proj_down, gate, up)
 
 
 class xLSTMPaperFeedForward(nn.Module):
@@ -269,7 +269,7 @@ class xLSTMPapermLSTMLayer(nn.Module):
         gates = joint_linear(torch.cat(qkv, dim=-1), self.igate_preact, self.fgate_preact)
         inputs = (*(y.unflatten(-1, (self.num_heads, -1)) for y in qkv), *gates)
         h = self.multihead_norm(run_cell(self.sequence, self.step, inputs, cache, mask, cu_seqlens))
-        return self.dropout(linear_of(swiglu, self.out_proj, gate, h + self.learnable_skip * conv))
+        return self.dropout(recompute_linear(swiglu, self.out_proj, gate, h + self.learnable_skip * conv))
 
 
 class xLSTMsLSTMLayer(nn.Module):

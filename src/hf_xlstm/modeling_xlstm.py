@@ -9,7 +9,7 @@ Shapes: B batch, T time, D model width, H heads, K query/key and V value head di
 
 import math
 import re
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from .layers import (
     xLSTMRMSNorm,
     xLSTMsLSTMLayer,
 )
-from .linear import decoding, joint_linear
+from .linear import PackedWeightsMixin, joint_linear
 from .pointwise import cross_entropy, soft_cap
 
 
@@ -98,7 +98,7 @@ class xLSTMBlock(GradientCheckpointingLayer):
         return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
 
 
-class xLSTMPreTrainedModel(PreTrainedModel):
+class xLSTMPreTrainedModel(PackedWeightsMixin, PreTrainedModel):
     config: xLSTMConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -425,18 +425,17 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
 
         The other arguments, also `cache_params`, `seq_idx` and `cu_seq_lens_q`, are those of `xLSTMModel`.
         """
-        with decoding(self, kwargs.get("cache_params") if past_key_values is None else past_key_values):
-            outputs = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
         logits = soft_cap(logits.to(gate_dtype(logits.dtype)), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None:
@@ -447,6 +446,11 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with self._packed_during_generate():
+            return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, *args) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""
