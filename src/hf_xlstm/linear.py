@@ -17,7 +17,6 @@ both functions call the layer.
 import contextlib
 import os
 import platform
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     if is_watched(x):
         return [layer(x) for layer in layers]
     packed = vars(layers[0]).get("packed_weights")
-    if packed is not None and packed.in_use and not torch.is_grad_enabled():
+    if packed is not None and packed.in_use:
         joint = packed.find(x, layers)
         if joint is not None:
             return _onednn(x, joint.weight, joint.bias).split_with_sizes(joint.sizes, dim=-1)
@@ -80,9 +79,11 @@ def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a product with its weight may stand for a call layer(x): the layer is an `nn.Linear`, no subclass,
     wrapper or parametrization of it; it has no hooks, no other forward (as accelerate gives to offloaded layers); and
     its parameters are its own (those of a DataParallel replica are not, nor pruned ones), of the device and dtype of
-    x, and of no other class (as quantised and sharded ones are)."""
+    x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
     if (
         type(layer) is not nn.Linear
+        or x.ndim < 2
+        or x.numel() == 0
         or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
@@ -148,7 +149,8 @@ class _RecomputeLinear(torch.autograd.Function):
             inputs = [x.view_as(x) for x in inputs]  # of its own for each argument, should two be the same tensor
             x = ctx.function(*inputs)
         needed_inputs = [y for y, need in zip(inputs, need_inputs, strict=True) if need]
-        if create_graph or is_watched(dy):
+        # the last: `is_grads_batched`
+        if create_graph or is_watched(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
             with torch.enable_grad():
                 y = F.linear(x, weight, bias)
             needed = [p for p, need in ((weight, need_weight), (bias, need_bias)) if need] + needed_inputs
@@ -175,7 +177,7 @@ class _RecomputeLinear(torch.autograd.Function):
 class _Source(NamedTuple):
     """What a parameter was when it was copied."""
 
-    parameter: weakref.ref
+    parameter: nn.Parameter
     version: int
     address: int
     checksum: torch.Tensor
@@ -198,7 +200,7 @@ class _JointWeight(NamedTuple):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
         sources = [
-            _Source(weakref.ref(p), p._version, p.data_ptr(), _checksum(p))
+            _Source(p, p._version, p.data_ptr(), _checksum(p))
             for layer in layers
             for p in (layer.weight, layer.bias)
             if p is not None
@@ -210,7 +212,7 @@ class _JointWeight(NamedTuple):
         """Whether these still are the parameters that were copied, and no operation on them has written to them since;
         with `by_content` also, whether their checksums are the same."""
         return all(
-            source.parameter() is p
+            source.parameter is p
             and source.version == p._version
             and source.address == p.data_ptr()
             and (not by_content or torch.equal(source.checksum, _checksum(p)))
@@ -230,11 +232,12 @@ def _checksum(parameter: torch.Tensor) -> torch.Tensor:
 class PackedWeights:
     """A model's prepacked copy of the weights of its linear layers, to decode from on a CPU.
 
-    The model and its linear layers share it as their attribute `packed_weights`. The first pass of few rows fills it,
-    layer by layer, while it is in use: from `pack_for_decoding` on, or during a call of `generate`. A part that is no
-    copy of the weights any more is made anew. Operations that write to a parameter are noticed at once; writes that
-    PyTorch does not count (through `parameter.data`, NumPy, another process) by checksums, when a call of `generate`,
-    or the first pass after `pack_for_decoding`, begins to decode. A copied or loaded model starts without."""
+    The model and its linear layers share it as their attribute `packed_weights`. While it is in use, from
+    `pack_for_decoding` on or during a call of `generate`, the first step (a pass of one token per sequence) fills it,
+    layer by layer. A part that is no copy of the weights any more is dropped and made anew. Operations that write to a
+    parameter are noticed at once. Writes that PyTorch does not count (through `parameter.data`, NumPy, a fused
+    optimizer) are found by checksums, which are compared once in each call of `generate`, and once after
+    `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without."""
 
     def __init__(self):
         self.joint: dict[tuple[int, ...], _JointWeight] = {}  # by the ids of the layers
@@ -255,6 +258,9 @@ class PackedWeights:
 
     def find(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> _JointWeight | None:
         """The current copy of the weights of these layers; None where it does not pay, or they must be called."""
+        if torch.is_grad_enabled():
+            self.checked.clear()  # an optimizer may follow, and PyTorch does not count the writes of fused ones
+            return None
         rows = x.numel() // x.shape[-1]
         if not ONEDNN or not x.is_cpu or rows > MAX_DECODING_ROWS or not all(is_plain(layer, x) for layer in layers):
             return None
@@ -266,6 +272,9 @@ class PackedWeights:
         key = tuple(map(id, layers))
         joint = self.joint.get(key)
         if joint is None or not joint.is_copy_of(parameters, by_content=key not in self.checked):
+            self.joint.pop(key, None)
+            if x.shape[-2] > 1:
+                return None  # a prompt: the next step makes a copy, in the layout for its number of rows
             joint = self.joint[key] = _JointWeight.of(layers, rows)
         self.checked.add(key)
         return joint
@@ -293,10 +302,11 @@ class PackedWeightsMixin:
         """Decode from a prepacked copy of the linear weights from now on, also outside of `generate` and however large
         the model is.
 
-        The next pass without gradients over at most 64 tokens makes the copy (`packed_nbytes`). `unpack()`, `train()`
-        and moving or casting the model drop it. It has no effect on processors other than x86, and in dtypes other
-        than float32 and bfloat16. After writing to weights through `parameter.data` or NumPy call this again: PyTorch
-        does not count such writes, so that only the next call of `generate` would notice."""
+        The next step without gradients, a pass of one token for each of at most 64 sequences, makes the copy
+        (`packed_nbytes`). `unpack()`, `train()` and moving or casting the model drop it. It has no effect on
+        processors other than x86, and in dtypes other than float32 and bfloat16. After writing to weights through
+        `parameter.data` or NumPy call this again: PyTorch does not count such writes, so that otherwise only the next
+        call of `generate` would notice."""
         packed = self._attach_packed_weights()
         packed.kept_in_use = True
         packed.checked.clear()
