@@ -341,7 +341,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        return with_cache_name(super().generate)(*args, **kwargs)
+        with self._packed_during_generate():
+            return with_cache_name(super().generate)(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, *args) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""
