@@ -1,10 +1,11 @@
 """The vLLM plugin: `vllm serve` and `vllm.LLM` take checkpoints of this package.
 
-vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes. Nothing else
-imports this folder: `import hf_xlstm` does not need vLLM. Inside it, `vllm` is always the installed package.
+vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes. Nothing
+else imports this folder: `import hf_xlstm` does not need vLLM. Inside it, `vllm` is always the installed package.
 """
 
 import logging
+import re
 
 
 # The first release the tests run on, and the first one nobody has looked at.
@@ -23,9 +24,10 @@ def register() -> None:
     if not OLDEST <= version(vllm.__version__) < TOO_NEW:
         # An exception here would stop vLLM for every other model, too.
         logger.error(
-            "hf_xlstm serves xLSTM with vLLM from %s up to, not including, %s. This is %s: xLSTM models are not available.",
-            ".".join(map(str, OLDEST)),
-            ".".join(map(str, TOO_NEW)),
+            "hf_xlstm serves xLSTM with vLLM %d.%d up to, not including, %d.%d. "
+            "This is vLLM %s, where xLSTM models are not available.",
+            *OLDEST,
+            *TOO_NEW,
             vllm.__version__,
         )
         return
@@ -41,7 +43,5 @@ def register() -> None:
 
 def version(text: str) -> tuple[int, int]:
     """The first two numbers of a version; (0, 0) if it has none, as a build from a bare source tree."""
-    import re
-
     match = re.match(r"(\d+)\.(\d+)", text)
     return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -28,9 +28,6 @@ from ..pointwise import soft_cap, swiglu
 from .states import StatefulLayer, Tensors, sharded
 
 
-CELL, CONV = slice(None, -1), slice(-1, None)  # of the state of a layer with a convolution
-
-
 class CausalConv(xLSTMCausalConv):
     """The depthwise convolution and SiLU on tokens of many requests, (T, D) to (T, D). Its state are the last inputs,
     (..., taps - 1, D)."""
@@ -139,7 +136,7 @@ class MLSTMLayer(MLSTMCell):
         gates = self.gates(x)[0]
         gates = soft_cap(gates.to(gate_dtype(gates.dtype)), self.gate_soft_cap).chunk(2, dim=-1)
         qkv = (y.unflatten(-1, (-1, dim)) for y, dim in zip(qkv, self.head_dims))
-        h = self.over_batch((*qkv, *gates), self.sequence, self.step, slice(None))
+        h = self.over_batch(self, (*qkv, *gates), self.cell_state)
         return self.out_proj(self.multihead_norm(h, ogate))[0]
 
 
@@ -160,7 +157,7 @@ class QKVGate(nn.Module):
 
 
 class PaperMLSTMLayer(MLSTMCell):
-    """The paper's mLSTM, heads over ranks: the convolution and the maps to q, k and v are as wide as the heads, so that
+    """The paper's mLSTM, heads over ranks. The convolution and the maps to q, k and v stay within a head's channels;
     only the gates, linear maps of all of q, k and v, need a sum over ranks."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
@@ -191,15 +188,12 @@ class PaperMLSTMLayer(MLSTMCell):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         u, gate = self.proj_up(x)[0].chunk(2, dim=-1)
-        has_conv = self.conv.past > 0
-        conv = (
-            self.over_batch((u,), self.conv.sequence, self.conv.step, CONV) if has_conv else self.conv.over_window(u)
-        )
+        conv = self.convolve(u)
         u_blocks, conv_blocks = (y.unflatten(-1, (-1, self.block_size)) for y in (u, conv))
         qkv = [self.q_proj(conv_blocks), self.k_proj(conv_blocks), self.v_proj(u_blocks)]
         qkv = [y.flatten(-2) for y in qkv]
         inputs = (*(y.unflatten(-1, (self.heads, -1)) for y in qkv), *self.gates(torch.cat(qkv, dim=-1)))
-        h = self.over_batch(inputs, self.sequence, self.step, CELL if has_conv else slice(None))
+        h = self.over_batch(self, inputs, self.cell_state)
         return self.out_proj(swiglu(gate, self.multihead_norm(h) + self.learnable_skip * conv))[0]
 
     def gates(self, qkv: torch.Tensor) -> Tensors:
@@ -212,7 +206,7 @@ class PaperMLSTMLayer(MLSTMCell):
 
 
 class SLSTMLayer(StatefulLayer):
-    """The sLSTM, in blocks of both families, heads over ranks. It has no output map, so what it returns is gathered."""
+    """The sLSTM in blocks of both families, heads over ranks. It has no output map, so what it returns is gathered."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__(vllm_config, "slstm", prefix)
@@ -237,14 +231,10 @@ class SLSTMLayer(StatefulLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.chunk(self.tp_size, dim=-1)[self.rank]
-        gate_x, parts = x, slice(None)
-        if self.conv is not None and self.conv.past:
-            gate_x, parts = self.over_batch((x,), self.conv.sequence, self.conv.step, CONV), CELL
-        elif self.conv is not None:
-            gate_x = self.conv.over_window(x)
+        gate_x = x if self.conv is None else self.convolve(x)
         x, gate_x = (y.unflatten(-1, (-1, self.dim)) for y in (x, gate_x))
         gates = torch.stack([self.igate(gate_x), self.fgate(gate_x), self.zgate(x), self.ogate(x)], dim=1)
-        x = self.multihead_norm(self.over_batch((gates,), self.sequence, self.step, parts))
+        x = self.multihead_norm(self.over_batch(self, (gates,), self.cell_state))
         return tensor_model_parallel_all_gather(x) if self.tp_size > 1 else x
 
     def sequence(self, inputs: Tensors, state: Tensors | None, bounds: torch.Tensor) -> tuple[torch.Tensor, Tensors]:

@@ -3,8 +3,8 @@
 Shapes: T tokens of the whole batch, R requests that decode, N requests that prefill, H heads of this rank.
 """
 
-from collections.abc import Callable
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,17 @@ def block_shape(config: xLSTMConfig, tp_size: int) -> tuple[int]:
     return (max(sum(map(prod, state_shapes(config, kind, tp_size))) for kind in set(config.layers_block_type)),)
 
 
+class Recurrence(Protocol):
+    """A cell or a convolution, as `StatefulLayer.over_batch` runs it."""
+
+    def sequence(self, inputs: Tensors, state: Tensors | None, bounds: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        """Output and new states of N packed requests, inputs (T, ...), bounds (N + 1,). No state means zeros."""
+
+    def step(self, inputs: Tensors, pools: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        """Output of one token each of R requests, inputs (R, ...). Their states are `pool[slots]` and are changed in
+        place; a negative slot is padding."""
+
+
 class StatefulLayer(nn.Module, MambaBase):
     """A layer with a cell, and perhaps a convolution before it. vLLM finds it by its name, allocates the blocks of
     `get_state_shape` and puts them into `kv_cache`. They are not cleared for a new request."""
@@ -67,6 +78,8 @@ class StatefulLayer(nn.Module, MambaBase):
         self.tp_size = get_tensor_model_parallel_world_size()
         self.prefix = prefix
         self.state_shapes = state_shapes(config, layer_type, self.tp_size)
+        cell_tensors = {"mlstm": 3, "slstm": 4}[layer_type]
+        self.cell_state, self.conv_state = slice(cell_tensors), slice(cell_tensors, None)
         self.block_shape = block_shape(config, self.tp_size)
         self.kv_cache = (torch.empty(0),)
         context = vllm_config.compilation_config.static_forward_context
@@ -101,34 +114,33 @@ class StatefulLayer(nn.Module, MambaBase):
             offset += prod(shape)
         return tuple(pools)
 
-    def over_batch(self, inputs: Tensors, sequence: Callable, step: Callable, parts: slice) -> torch.Tensor:
-        """A recurrence over all tokens of the batch, from the states in their blocks and back into them.
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution before the cell, `self.conv`, over all tokens of the batch, (T, D) to (T, D)."""
+        if not self.conv.past:
+            return self.conv.over_window(x)
+        return self.over_batch(self.conv, (x,), self.conv_state)
 
-        Args:
-            inputs: (T, ...) each.
-            sequence: (inputs, state or None for zeros, cu_seqlens) to (output, new state), over packed requests.
-            step: (inputs, pools, slots) to output, one token per request. The states are pools[slots] and are changed
-                in place; a negative slot is padding.
-            parts: which of the state's tensors it has.
-        """
+    def over_batch(self, recurrence: Recurrence, inputs: Tensors, parts: slice) -> torch.Tensor:
+        """A recurrence over all tokens of the batch, inputs (T, ...) each, from the states in their blocks and back
+        into them. `parts` says which of the state's tensors it has."""
         metadata, length = self.metadata, len(inputs[0])
         if metadata is None:
             bounds = torch.tensor([0, length], device=inputs[0].device, dtype=torch.int32)
-            return sequence(inputs, None, bounds)[0]
+            return recurrence.sequence(inputs, None, bounds)[0]
         decoding, prefilling = metadata.num_decode_tokens, metadata.num_prefill_tokens
         pools, outputs = self.state_pools()[parts], []
         if decoding:
             rows = tuple(x[:decoding] for x in inputs)
             if metadata.num_accepted_tokens is None:
-                outputs.append(step(rows, pools, metadata.decode_slots))
+                outputs.append(recurrence.step(rows, pools, metadata.decode_slots))
             else:
-                outputs.append(verify(rows, pools, step, metadata))
+                outputs.append(verify(recurrence, rows, pools, metadata))
         if prefilling:
             rows = tuple(x[decoding : decoding + prefilling] for x in inputs)
             blocks, known = metadata.prefill_blocks, metadata.has_initial_states_p
             # where, and not a product: what a block holds from before may be anything, NaN included
             state = tuple(torch.where(known.view(-1, *(1,) * (x.ndim - 1)), x[blocks], 0.0) for x in pools)
-            output, state = sequence(rows, state, metadata.query_start_loc_p)
+            output, state = recurrence.sequence(rows, state, metadata.query_start_loc_p)
             for pool, x in zip(pools, state, strict=True):
                 pool[blocks] = x.to(pool.dtype)
             outputs.append(output)
@@ -138,7 +150,7 @@ class StatefulLayer(nn.Module, MambaBase):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def verify(inputs: Tensors, pools: Tensors, step: Callable, metadata: XLSTMMetadata) -> torch.Tensor:
+def verify(recurrence: Recurrence, inputs: Tensors, pools: Tensors, metadata: XLSTMMetadata) -> torch.Tensor:
     """Decoding with guesses: a request has one or more tokens, and a block for its state after each of them. It goes
     on from the state after the last token that was accepted in the step before, whichever block that is in.
 
@@ -155,7 +167,7 @@ def verify(inputs: Tensors, pools: Tensors, step: Callable, metadata: XLSTMMetad
         for pool in pools:
             pool[target] = pool[source]
         row = torch.where(active, token, 0)
-        output_t = step(tuple(x[row] for x in inputs), pools, without_null(target))
+        output_t = recurrence.step(tuple(x[row] for x in inputs), pools, without_null(target))
         if output is None:
             output = output_t.new_zeros(total + 1, *output_t.shape[1:])
         output[torch.where(active, token, total)] = output_t
