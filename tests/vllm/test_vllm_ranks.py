@@ -1,7 +1,11 @@
 """Two processes, each with a part of the model."""
 
 import pytest
+from common import tiny_config
 from engine import assert_same, complete, engine, ragged_prompts, saved_model
+
+from hf_xlstm import xLSTMConfig
+from hf_xlstm.vllm.states import block_shape, state_shapes
 
 
 def two_ranks(monkeypatch) -> dict:
@@ -25,9 +29,14 @@ def test_pipeline_parallel(tied, tmp_path, monkeypatch):
         assert_same(model, complete(llm, ragged_prompts(6)))
 
 
-def test_heads_that_cannot_be_split_are_refused(tmp_path):
-    from hf_xlstm.vllm.states import state_shapes
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_states_of_xlstm_7b_go_by_heads(ranks):
+    """A rank's block has C, n and m of its heads, nothing else."""
+    heads, key_dim, value_dim = 8 // ranks, 256, 512
+    assert block_shape(xLSTMConfig(), ranks) == (heads * (key_dim * value_dim + key_dim + 1),)
 
-    _, model = saved_model(tmp_path, "mixed")
-    with pytest.raises(ValueError, match="tensor_parallel_size must divide num_heads"):
-        state_shapes(model.config, "mlstm", 3)
+
+@pytest.mark.parametrize("layer_type", ["mlstm", "slstm"])
+def test_heads_that_cannot_be_split_are_refused(layer_type):
+    with pytest.raises(ValueError, match="tensor_parallel_size must divide"):
+        state_shapes(tiny_config(layer_types=["mlstm", "slstm"]), layer_type, 3)
