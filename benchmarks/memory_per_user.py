@@ -1,6 +1,6 @@
 """Prints the bytes a conversation takes in a server, against its length: states of xLSTM, keys and values of Llama.
 
-    python scripts/memory_per_user.py
+    python benchmarks/memory_per_user.py
 
 The table of docs/serving.md. Weights and what all users share are not in it.
 """

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory_per_user import state_bytes, table
 from hf_xlstm import xLSTMCache, xLSTMConfig, xLSTMForCausalLM
-from memory_per_user import state_bytes, table
 
 
 def test_the_page_has_the_table():
