@@ -7,6 +7,7 @@ of the former's mLSTM blocks have the names of Transformers' own xLSTM and of NX
 Shapes: B batch, T time, D model width, H heads, K query/key and V value head dim.
 """
 
+import copy
 import math
 import re
 from functools import partial, wraps
@@ -26,6 +27,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
@@ -53,6 +55,20 @@ logger = logging.get_logger(__name__)
 
 # for peft's LoraConfig(target_modules=...): the large maps of every block, not the gates of the cells
 LORA_TARGET_MODULES = ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"]
+
+
+# Not quantised by default: heads, and the gates, which are small and decide what is remembered for how long. Names for
+# quantisers that look for modules, and a regular expression for torchao's, which looks for parameters.
+UNQUANTIZED_MODULES = ["lm_head", "score", "qa_outputs", "igate_preact", "fgate_preact", r".*\.[if]gate_preact"]
+
+
+def with_unquantized_modules(config):
+    """A configuration of quantisation that, unless it names others, leaves UNQUANTIZED_MODULES as they are."""
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, name) and getattr(config, name) is None:
+            setattr(config, name, list(UNQUANTIZED_MODULES))
+    return config
 
 
 def make_norm(config: xLSTMConfig, bias: bool = False) -> nn.Module:
@@ -110,6 +126,8 @@ class xLSTMPreTrainedModel(PackedWeightsMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         kwargs.setdefault("use_safetensors", True)  # never a pickle, unless asked for
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_unquantized_modules(kwargs["quantization_config"])
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
