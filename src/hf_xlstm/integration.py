@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
 
@@ -193,6 +194,20 @@ def weights_metadata(**metadata: str):
             modeling_utils.safe_save_file = save_file
 
 
+# Not quantised by default: heads, and the gates, which are small and decide what is remembered for how long. Names for
+# quantisers that look for modules, and a regular expression for torchao's, which looks for parameters.
+UNQUANTIZED_MODULES = ["lm_head", "score", "qa_outputs", "igate_preact", "fgate_preact", r".*\.[if]gate_preact"]
+
+
+def with_unquantized_modules(config):
+    """A configuration of quantisation that, unless it names others, leaves UNQUANTIZED_MODULES as they are."""
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, name) and getattr(config, name) is None:
+            setattr(config, name, list(UNQUANTIZED_MODULES))
+    return config
+
+
 class LoadingMixin:
     """Loading and saving: safetensors only, other implementations' layouts converted, nothing at random unseen."""
 
@@ -204,6 +219,8 @@ class LoadingMixin:
         """As in Transformers, and also weights in `model_{n}.safetensors` without an index. Pickles are read only with
         `use_safetensors=False`."""
         kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_unquantized_modules(kwargs["quantization_config"])
         if pretrained_model_name_or_path is not None:
             check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", INDEX))
         try:

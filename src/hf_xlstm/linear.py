@@ -80,20 +80,17 @@ def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
     wrapper or parametrization of it; it has no hooks, no other forward (as accelerate gives to offloaded layers); and
     its parameters are its own (those of a DataParallel replica are not, nor pruned ones), of the device and dtype of
     x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
-    if (
-        type(layer) is not nn.Linear
-        or x.ndim < 2
-        or x.numel() == 0
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or not vars(layer).keys().isdisjoint(("forward", "weight", "bias"))
-    ):
-        return False
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
-        type(weight) is nn.Parameter
+        type(layer) is nn.Linear
+        and x.ndim > 1
+        and x.numel() > 0
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and vars(layer).keys().isdisjoint(("forward", "weight", "bias"))
+        and type(weight) is nn.Parameter
         and weight.dtype == x.dtype
         and weight.device == x.device
         and (
