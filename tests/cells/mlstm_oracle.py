@@ -76,8 +76,7 @@ def evaluate(inputs, state, weights, gauge=None, **options):
     )
     assert h.dtype == inputs[2].dtype
     assert c.dtype == n.dtype == m.dtype == state_dtype(inputs[0].dtype)
-    assert not m.requires_grad
-    factor = torch.exp(m - (m if gauge is None else gauge)).to(m.dtype)
+    factor = torch.exp(m - (m if gauge is None else gauge)).to(m.dtype).detach()  # m carries no gradient
     c, n = c * factor[..., None, None], n * factor[..., None]
     used = [(x, w.to(x)) for x, w in zip((h, c, n), weights, strict=True) if w is not None]
     gradients = torch.autograd.grad([x for x, _ in used], leaves[:7], [w for _, w in used], materialize_grads=True)

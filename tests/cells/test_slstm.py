@@ -131,6 +131,7 @@ def test_one_output_used(part, backend, dtype):
     for name in ("reference", backend):
         gates = inputs[0].detach().requires_grad_()
         h, final = slstm(gates, *inputs[1:], initial_state=state, output_final_state=True, backend=name)
+        assert not final[3].requires_grad
         # n = 1 in one implementation, and not in the other: the gradient of n alone only needs to exist
         used = (h, final[0], final[1] / final[2].detach(), final[2])[part]
         gradients.append(torch.autograd.grad(used.sum(), gates)[0])
