@@ -7,15 +7,18 @@ VENV ?= .venv
 PINS ?= --constraint constraints.txt
 MINUTES ?= 3
 RUN ?= runs/quickstart
+GPU_RUN ?= runs/gpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 SOURCES := src scripts tests benchmarks
 # Transformers/torch of `make test-matrix`; src/hf_xlstm/versions.py states the range.
 MATRIX := 5.15.0/2.13.0 5.17.0/2.13.0 5.19.0/2.13.0 5.23.0/2.13.0 5.24.0/2.13.0 5.17.0/2.11.0 5.24.0/2.14.1
 OLDEST := $(firstword $(MATRIX))
 
-.PHONY: help quickstart test test-oldest test-matrix test-newest test-all lint format pins clean
+.PHONY: help quickstart test test-oldest test-matrix test-newest test-all test-vllm lint format pins gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +49,19 @@ test-newest:  ## the quick tests on the newest release of everything, whatever i
 test-all: lint  ## lint and all tests
 	$(BIN)/pytest -n auto
 
+$(VLLM_STAMP): pyproject.toml tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install $(TORCH)
+	$(VLLM_VENV)/bin/pip install --no-deps --requirement tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_STAMP)  ## the vLLM plugin against vLLM's engine, in an environment of its own (3.4 GB)
+	$(VLLM_VENV)/bin/pytest tests/vllm
+
+gpu:  ## prove and measure the kernels on a GPU in nine minutes, with the python that has torch there
+	$(PYTHON) benchmarks/gpu/prove.py --minutes 9 --out $(GPU_RUN)
+
 lint: $(STAMP)  ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -58,5 +74,5 @@ pins: $(STAMP)  ## write what is installed into constraints.txt, once the tests 
 	tests/pins.sh $(BIN)/pip
 
 clean:  ## remove the virtual environments, runs and caches
-	rm -rf $(VENV) .venvs runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs $(VLLM_VENV) runs build dist .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""Draws time per token and size of the cache against the context, from the results of generation.py."""
+"""Draws time per token and size of the cache against the context, from the results of cpu/generation.py."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +10,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, no display needed
 import matplotlib.pyplot as plt
-from common import DTYPES, IN_TREE, PEERS, RESULTS, ROOT
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import DTYPES
+from benchmarks.peers import IN_TREE, PEERS
+from benchmarks.provenance import RESULTS, ROOT, processor
 
 
 COLORS = {"hf_xlstm": "#08519c", "in_tree": "#6baed6", "llama": "#d94801"}
@@ -21,7 +28,7 @@ def plot(contexts: dict[str, dict[str, dict]], title: str, path: Path) -> None:
     for peer, color in COLORS.items():
         entries = [row[peer] for row in contexts.values()]
         style = {"color": color, "marker": "o", "markersize": 4, "label": PEERS[peer]}
-        style["linestyle"] = "--" if peer == IN_TREE else "-"  # its cache is as large as ours
+        style["linestyle"] = "--" if peer == IN_TREE else "-"  # its cache is as large as hf_xlstm's
         time.plot(lengths, [1000 / x["tokens_per_second"] for x in entries], **style)
         memory.plot(lengths, [x["cache_bytes"] / 2**20 for x in entries], **style)
     time.set(ylabel="milliseconds per token", ylim=(0, None))
@@ -49,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
     contexts = results["rows"][f"context/{args.size}/{args.dtype}"]["contexts"]
-    machine = f"{results['machine']['threads']} threads of {results['machine']['cpu']}"
+    machine = f"{results['machine']['threads']} threads of {processor(results['machine'])}"
     plot(contexts, f"Decoding one token, {args.size}, {args.dtype}, {machine}", args.output)
 
 

@@ -1,16 +1,26 @@
-"""Writes the tables of the CPU results into README.md, between the two comments that mark their place."""
+"""Writes the tables of the CPU results into README.md, between the two comments that mark their place.
+
+One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json.
+"""
 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
-from common import BASELINES, DTYPES, OURS, PEERS, RESULTS, ROOT
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import BASELINES, DTYPES, LINEAR_FLOOR
+from benchmarks.peers import HF_XLSTM, PEERS
+from benchmarks.provenance import RESULTS, ROOT, processor
 
 
 MARKED = re.compile(r"(<!-- results\b[^>]*-->\n).*?(<!-- (?:results:end|end of results) -->)", re.DOTALL)
 IMAGE = ROOT / "docs" / "images" / "context-cpu.png"
 SIZES = {"768x8": "768 wide, 8 layers", "512x12": "512 wide, 12 layers", "1024x9": "1,024 wide, 9 layers"}
+COLUMNS = PEERS | {LINEAR_FLOOR: "floor"}
 SPEED, MEMORY = "tokens_per_second", "peak_megabytes"
 LINES = [  # what it is, the file and the row it is in, and the quantity
     ("decode, batch 1", "generation", "decode/{size}/{dtype}/batch-1", SPEED),
@@ -47,56 +57,77 @@ def relative(rows: list[dict[str, dict]], baseline: str, quantity: str) -> str:
     """How many times as fast as the baseline hf_xlstm is, or as much memory it takes."""
     values = []
     for row in rows:
-        ours, theirs = row.get(OURS, {}), row.get(baseline, {})
-        if quantity not in ours or quantity not in theirs:
+        native, foreign = row.get(HF_XLSTM, {}), row.get(baseline, {})
+        if quantity not in native or quantity not in foreign:
             values.append("–")
         elif quantity == MEMORY:
-            values.append(f"{ours[quantity] / theirs[quantity]:.2f}x")
+            values.append(f"{native[quantity] / foreign[quantity]:.2f}x")
         else:
-            values.append(f"{ours['ratio'][baseline]:.2f}x")
+            values.append(f"{native['ratio'][baseline]:.2f}x")
     return " / ".join(values)
 
 
 def table(results: dict[str, dict], size: str) -> list[str]:
-    header = ["float32 / bfloat16", *PEERS.values(), *(f"to {PEERS[x]}" for x in BASELINES)]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    """The lines that were measured. The floor has a column where it was, which older files do not have."""
+    lines = []
     for label, file, name, quantity in LINES:
         rows = [peers_of(results[file].get(name.format(size=size, dtype=dtype))) for dtype in DTYPES]
         if any(rows):
-            cells = [absolute(rows, peer, quantity) for peer in PEERS]
-            cells += [relative(rows, baseline, quantity) for baseline in BASELINES]
-            lines.append("| " + " | ".join([label, *cells]) + " |")
-    return lines if len(lines) > 2 else []
+            cells = {peer: absolute(rows, peer, quantity) for peer in COLUMNS if any(peer in row for row in rows)}
+            lines.append((label, cells, [relative(rows, baseline, quantity) for baseline in BASELINES]))
+    measured = {peer for _, cells, _ in lines for peer in cells}
+    columns = {peer: title for peer, title in COLUMNS.items() if peer in PEERS or peer in measured}
+    header = ["float32 / bfloat16", *columns.values(), *(f"to {PEERS[x]}" for x in BASELINES)]
+    text = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for label, cells, ratios in lines:
+        text.append("| " + " | ".join([label, *(cells.get(peer, "") for peer in columns), *ratios]) + " |")
+    return text if lines else []
 
 
-def results_text(generation: dict, training: dict) -> str:
-    machine, versions = generation["machine"], generation["versions"]
-    results = {"generation": generation["rows"], "training": training["rows"]}
-    text = [
-        f"Tokens per second on a CPU: {machine['threads']} threads of {machine['cpu']} ({machine['capability']}), "
-        f"torch {versions['torch']}, transformers {versions['transformers']}. "
-        "The last columns are the speed, or memory, of hf_xlstm relative to another model. "
-        "[How it is measured](benchmarks/README.md).",
-        "",
-    ]
-    for size, title in SIZES.items():
-        if lines := table(results, size):
-            text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]
+def by_processor(folder: Path) -> dict[tuple[str, ...], dict[str, dict]]:
+    """Rows of `generation` and `training` for every machine and set of versions that measured any."""
+    groups: dict[tuple[str, ...], dict[str, dict]] = {}
+    for file in ("generation", "training"):
+        for path in sorted(folder.glob(f"{file}-cpu*.json")):
+            results = json.loads(path.read_text())
+            machine, versions = results["machine"], results["versions"]
+            key = (
+                f"{machine['threads']} threads of {processor(machine)} ({machine['capability']})",
+                f"torch {versions['torch']}, transformers {versions['transformers']}",
+            )
+            rows = groups.setdefault(key, {"generation": {}, "training": {}})[file]
+            if twice := rows.keys() & results["rows"].keys():
+                raise SystemExit(f"{path.name} has rows that another file of that machine has: {min(twice)}.")
+            rows |= results["rows"]
+    return groups
+
+
+def results_text(folder: Path) -> str:
+    text = []
+    for (machine, versions), results in by_processor(folder).items():
+        text += [
+            f"Tokens per second on a CPU: {machine}, {versions}. "
+            "The last columns are the speed, or memory, of hf_xlstm relative to another model. "
+            "[How it is measured](benchmarks/README.md).",
+            "",
+        ]
+        for size, title in SIZES.items():
+            if lines := table(results, size):
+                text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]
     if IMAGE.exists():
         text += [f"![Time per token and cache against the context]({IMAGE.relative_to(ROOT).as_posix()})", ""]
     return "\n".join(text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to write")
     args = parser.parse_args()
-    files = [json.loads((args.results / f"{name}-cpu.json").read_text()) for name in ("generation", "training")]
     readme = args.readme.read_text(encoding="utf-8")
     if not MARKED.search(readme):
         parser.error(f"{args.readme.name} has no place marked for results")
-    text = MARKED.sub(lambda match: match[1] + results_text(*files) + match[2], readme)
+    text = MARKED.sub(lambda match: match[1] + results_text(args.results) + match[2], readme)
     args.readme.write_text(text, encoding="utf-8")
 
 

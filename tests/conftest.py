@@ -1,12 +1,23 @@
-"""One thread per test process: the tests are many and small, and run side by side (before torch is imported)."""
+"""For all tests: one thread per process, kernels that are interpreted where there is no GPU, and poisoned memory."""
 
 import os
 
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are many and small, and run side by side; before torch
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
 
+import pytest
 import torch
 
 
 if not torch.cuda.is_available():  # before any test imports triton, which decides for good when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New memory holds NaN, that of integers their largest value, so that reading what was never written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -135,6 +135,7 @@ def test_names_of_other_implementations(alias, name, value):
         ({"slstm_at": [2]}, r'`slstm_at` must be "all" or a list of indices from 0 to 1, got \[2\]'),
         ({"slstm_at": [-1]}, r"`slstm_at` must be"),
         ({"slstm_at": "some"}, r"`slstm_at` must be.*got 'some'"),
+        ({"slstm_at": 1}, r"`slstm_at` must be.*got 1"),
         ({"slstm_at": [0], "layer_types": MIXED}, r"`slstm_at`.*`layer_types`.*contradict"),
         ({"num_layers": 3, "num_blocks": 2}, r"`num_layers`=3 contradict"),
         ({"mlstm_block": {"mlstm": {}}}, r"`mlstm_block`.*`config_from_xlstm`"),

@@ -279,6 +279,7 @@ def test_large_round_trip(fused, fields, max_shard_size, tmp_path):
     assert_same_tensors(back, weights)
     config = yaml.safe_load((tmp_path / "back/config.yaml").read_text())
     assert config["weight_mode"] == ("fused" if fused else "single") and config["embedding_dim"] == 32
+    assert_same_tensors(xLSTMForCausalLM.from_pretrained(tmp_path / "back").state_dict(), model.state_dict())
     convert_checkpoint(tmp_path / "back", tmp_path / "again")  # also from shards
     assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict(), model.state_dict())
 
@@ -405,6 +406,7 @@ def test_tied_head_that_is_not_the_embedding(how, tmp_path):
     "change, message",
     [
         ({"slstm_block": {"feedforward": {"act_fn": "relu"}}}, "`act_fn`='relu' is not supported"),
+        ({"slstm_block": {"feedforward": {"ff_type": "ffn"}}}, "`ff_type`='ffn' is not supported"),
         ({"slstm_block": {"slstm": {"function": "lstm"}}}, "`function`='lstm' is not supported"),
         ({"slstm_block": None}, "no `slstm_block`"),
         ({"slstm_block": None, "mlstm_block": None}, "neither `mlstm_block` nor `slstm_block`"),
@@ -416,6 +418,14 @@ def test_variant_that_is_not_supported(change, message, tmp_path):
     (tmp_path / "foreign/config.yaml").write_text(yaml.safe_dump(package_config("mixed") | change))
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
+
+
+def test_field_of_xlstm_large_that_would_change_the_model(tmp_path):
+    large(tmp_path / "foreign")
+    fields = yaml.safe_load((tmp_path / "foreign/config.yaml").read_text())
+    (tmp_path / "foreign/config.yaml").write_text(yaml.safe_dump(fields | {"add_qk_norm": True}))
+    with pytest.raises(ValueError, match="`add_qk_norm`=True describes another model"):
+        xLSTMForCausalLM.from_pretrained(tmp_path / "foreign")
 
 
 def test_model_that_the_target_does_not_have(tmp_path):
@@ -489,7 +499,7 @@ def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="2"):
         convert_checkpoint_script()
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(source) in line and (name in line or name == "config.json")
+    assert str(source / name) in line
     assert os.listdir(tmp_path) == ["foreign"]
 
 
@@ -579,7 +589,7 @@ def test_killed_half_way(tmp_path):
     source, partial = sorted(os.listdir(tmp_path))
     assert partial.startswith("native.partial-") and source == "foreign"
     convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
-    assert sorted(os.listdir(tmp_path)) == ["native", "foreign"]
+    assert sorted(os.listdir(tmp_path)) == ["foreign", "native"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "native").config.block_family == "paper"
 
 

@@ -186,6 +186,7 @@ def test_code_is_written_only_to_be_shared(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "again")  # the call before has left no trace
     assert not code("again")
     model.register_for_auto_class()
+    model.config.register_for_auto_class()  # as people are told to do with code of their own
     model.save_pretrained(tmp_path / "registered")
     assert code("registered") == set(flat_modules())
     model.save_pretrained(tmp_path / "other", is_main_process=False)
@@ -218,38 +219,41 @@ torch.save(model(torch.tensor({PROMPT})).logits, sys.argv[3])
 
 
 GREEDY = f"""{STRANGER}
-import sys, torch, transformers
+import torch, transformers
 from transformers import AutoModelForCausalLM
-transformers.logging.set_verbosity_error()
-directory, results = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
 ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
 options = {{"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}}
-torch.save([model.generate(ids, **options), model.generate(ids, **options, use_cache=False)], results)
+texts = {{}}
+for name in {list(STACKS)}:
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    texts[name] = [model.generate(ids, **options, use_cache=use_cache) for use_cache in (True, False)]
+torch.save([transformers.__version__, texts], "texts.pt")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHONS, reason="HF_XLSTM_PYTHONS names no interpreters with other versions of Transformers")
-@pytest.mark.parametrize("stack", STACKS)
-def test_folder_generates_the_same_text_on_every_version(stack, tmp_path):
-    """By the code in the folder, in clean processes, and with the cache as without."""
-    model = memorable_model(**STACKS[stack])
-    save_self_contained(model, tmp_path / "folder")
+@pytest.mark.parametrize("interpreter", PYTHONS)
+def test_folder_generates_the_same_text_on_every_version(interpreter, tmp_path):
+    """By the code in the folder, in a clean process; with the state, and from all tokens at every step."""
     ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
-    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}
-    expected = model.generate(ids, **options)
-    assert expected.shape == (2, 30)
-    for index, interpreter in enumerate(PYTHONS):
-        results = tmp_path / f"{index}.pt"
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [interpreter, "-c", GREEDY, str(tmp_path / "folder"), str(results)]
-        environment["HF_MODULES_CACHE"] = str(tmp_path / f"modules{index}")
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        for text in torch.load(results):
-            assert torch.equal(text, expected), interpreter
+    expected = {}
+    for stack, fields in STACKS.items():
+        model = memorable_model(**fields)
+        save_self_contained(model, tmp_path / stack)
+        options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}
+        expected[stack] = model.generate(ids, **options)
+        assert expected[stack].shape == (2, 30)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    command = [interpreter, "-c", GREEDY]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    version, texts = torch.load(tmp_path / "texts.pt")
+    for stack, (with_cache, without) in texts.items():
+        assert torch.equal(with_cache, expected[stack]), (version, stack)
+        assert torch.equal(without, expected[stack]), (version, stack)
 
 
 def test_default_card(tmp_path):
@@ -313,6 +317,30 @@ for revision in ("main", "whole"):
     run(*python(use))
     for revision in ("main", "whole"):
         torch.testing.assert_close(torch.load(tmp_path / f"{revision}.pt"), logits(model))
+
+
+def test_numbered_shards_without_an_index_on_the_hub(run, tmp_path):
+    """As in NX-AI/xlstm_scaling_laws: a folder for each run, found by `subfolder`."""
+    model = tiny_model(["mlstm", "slstm"])
+    folder = tmp_path / "folder" / "run"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    for index, path in enumerate(shards):
+        path.rename(folder / f"model_{index}.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    code = f"""
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+import hf_xlstm
+HfApi().create_repo("{REPOSITORY}")
+HfApi().upload_folder(repo_id="{REPOSITORY}", folder_path="folder")
+model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", subfolder="run")
+torch.save(model(torch.tensor({PROMPT})).logits, "logits.pt")
+"""
+    run(*python(code))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
 def test_history_branches_card_and_deletion(hub, run):

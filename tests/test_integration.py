@@ -1,12 +1,16 @@
 """What depends on how Transformers names and calls things: nothing meant for the model may disappear."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from common import STACKS, assert_same_states, relative_error, tiny_model, tokens
 from transformers import DynamicCache
 
+import hf_xlstm
 from hf_xlstm import (
     xLSTMCache,
     xLSTMForQuestionAnswering,
@@ -198,3 +202,170 @@ def test_in_pieces_hidden_states_are_whole():
     assert len(states) == 3
     for state, other in zip(states, expected, strict=True):
         assert relative_error(state, other) < 1e-6
+
+
+def test_classes_are_found_by_their_names():
+    """As TRL, its reference models and `transformers serve` find the class of a checkpoint."""
+    import transformers.models.xlstm.modeling_xlstm as in_tree
+
+    for name in ("xLSTMConfig", "xLSTMForCausalLM", "xLSTMModel", "xLSTMForSequenceClassification"):
+        assert getattr(transformers, name) is getattr(hf_xlstm, name)
+        assert getattr(sys.modules["transformers"], name).__module__.startswith("hf_xlstm")
+    assert in_tree.xLSTMForCausalLM is not hf_xlstm.xLSTMForCausalLM
+    assert transformers.models.xlstm.modeling_xlstm.xLSTMForCausalLM is in_tree.xLSTMForCausalLM
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 2}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_split_sequence_is_refused(model, sizes, compiled, monkeypatch):
+    """What accelerate's `ParallelismConfig` says in a process that splits its sequences."""
+    state = {"parallelism_config": SimpleNamespace(**({"cp_size": 1, "sp_size": 1} | sizes))}
+    monkeypatch.setattr("hf_xlstm.integration.AcceleratorState", SimpleNamespace(_shared_state=state))
+    forward = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(NotImplementedError, match="state would start anew on every rank"):
+        forward(tokens(1, 4))
+
+
+def test_sequence_split_by_torch_is_refused(model, monkeypatch):
+    def ring_attention(*args, **kwargs):
+        raise AssertionError
+
+    ring_attention.__module__ = "torch.distributed.tensor.experimental._context_parallel._attention"
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", ring_attention)
+    with pytest.raises(NotImplementedError, match="state would start anew on every rank"):
+        model(tokens(1, 4))
+
+
+# ---- batches with nothing in them -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_learn_gives_zero_gradients(model):
+    ids = tokens(2, 8)
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"labels": tokens(2, 7)}, r"`labels` must have the shape \(2, 8\).*got \(2, 7\)"),
+        ({"labels": tokens(1, 8)}, r"`labels` must have the shape \(2, 8\).*got \(1, 8\)"),
+        ({"labels": tokens(2, 8), "shift_labels": tokens(2, 7)}, r"`shift_labels` must have the shape \(2, 8\)"),
+        ({"labels": tokens(2, 8), "logits_to_keep": 3}, "`logits_to_keep`"),
+        ({"cu_seq_lens_q": [0, 8, 16]}, "`cu_seq_lens_q` must be a tensor, got list"),
+        ({"seq_idx": [[0] * 8] * 2}, "`seq_idx` must be a tensor, got list"),
+    ],
+    ids=str,
+)
+def test_unfitting_arguments_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(tokens(2, 8), **arguments)
+
+
+# ---- caches that outlive their pass ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["no grad", "grad", "step", "generate"])
+def test_cache_made_in_inference_mode_goes_on(model, then):
+    ids = tokens(2, 9)
+    with torch.inference_mode():
+        cache = xLSTMCache(model.config)
+        model(ids[:, :5], cache=cache)
+        expected = model(ids).logits[:, 5:].clone()
+    if then == "generate":
+        assert model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False).equal(stepwise(model, ids, 3))
+        return
+    pieces = [ids[:, 5:]] if then != "step" else ids[:, 5:].split(1, dim=1)
+    with torch.set_grad_enabled(then == "grad"):
+        logits = torch.cat([model(piece, cache=cache).logits for piece in pieces], dim=1)
+    assert relative_error(logits, expected) < 1e-5
+    if then == "grad":
+        logits.sum().backward()
+        model.zero_grad()
+
+
+def test_interrupted_pass_is_told(model):
+    """Some layers have read the tokens and others have not: the cache says so instead of going on."""
+    cache = filled(model, tokens(2, 5))
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    hook = model.backbone.blocks[1].register_forward_pre_hook(stop)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(tokens(2, 3), cache=cache)
+    hook.remove()
+    for use in (lambda: model(tokens(2, 3), cache=cache), lambda: cache.save_pretrained("never")):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="ended in the middle"):
+            use()
+    cache.reset()
+    with torch.no_grad():
+        model(tokens(2, 5), cache=cache)
+    assert_same_states(cache, filled(model, tokens(2, 5)))
+
+
+@pytest.mark.parametrize("change", ["repeat", "select", "reorder"])
+@torch.no_grad()
+def test_rows_change_while_recording(model, change):
+    """What was recorded follows the rows, so that `crop` restores the present ones."""
+    ids, rows = tokens(2, 9), torch.tensor([1, 1, 0])
+    cache = filled(model, ids[:, :4])
+    cache.activate_past_recording()
+    model(ids[:, 4:], cache=cache)
+    if change == "repeat":
+        cache.batch_repeat_interleave(2)
+        rows = torch.tensor([0, 0, 1, 1])
+    elif change == "select":
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)
+    cache.crop(-3)
+    assert cache.batch_size == len(rows)
+    assert_same_states(cache, filled(model, ids[rows, :6]))
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask, compiled",
+    [("none", False), ("ones", False), ("left", False), ("inside", False), ("right", False), ("none", True)],
+)
+@pytest.mark.parametrize("bounds", ["seq_idx", "cu_seq_lens_q", "position_ids"])
+@torch.no_grad()
+def test_packed_equals_separate(model, bounds, mask, compiled):
+    """With any mask, eager and compiled, however the documents are told."""
+    lengths = (5, 1, 7)
+    ids = tokens(1, 13)
+    kept = torch.ones(1, 13, dtype=torch.bool)
+    kept[0, {"left": [0, 1, 5], "inside": [2, 3, 8, 9], "right": [4, 11, 12]}.get(mask, [])] = False
+    told = {
+        "seq_idx": torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
+        "cu_seq_lens_q": torch.tensor([0, 5, 6, 13]),
+        # positions as they are counted where padding is, over unmasked tokens
+        "position_ids": torch.cat(
+            [(part.cumsum(1) - 1).clamp_min(0).masked_fill(~part, 1) for part in kept.split(lengths, dim=1)], dim=1
+        ),
+    }[bounds]
+    attention_mask = None if mask == "none" else kept.long()
+    forward = torch.compile(model, backend="eager") if compiled else model
+    logits = forward(ids, attention_mask=attention_mask, use_cache=False, **{bounds: told}).logits
+    for part, document, keep in zip(*(x.split(lengths, dim=1) for x in (logits, ids, kept)), strict=True):
+        if keep.any():
+            alone = model(document[keep][None]).logits
+            assert relative_error(part[keep], alone[0]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_positions_of_a_padded_batch_are_no_packing(model, side):
+    """`generate` and tokenizers count positions over unmasked tokens, and write anything at the others."""
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    expected = model(ids, attention_mask=mask).logits
+    for fill in (0, 1):
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+        assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, expected)

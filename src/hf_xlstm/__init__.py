@@ -1,5 +1,7 @@
-"""xLSTM for Hugging Face Transformers. Importing this package registers its classes with the Auto classes."""
+"""xLSTM for Hugging Face Transformers. Importing this package puts its classes in place of Transformers' own xLSTM,
+for the Auto classes and under their names in `transformers`."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -38,10 +40,21 @@ __all__ = [
     "xLSTMPreTrainedModel",
 ]
 
-# Transformers has a class of its own for this model type; after `import hf_xlstm` the Auto classes take ours.
+# Transformers has classes of its own for this model type, which lack most of what these do. They stay reachable in
+# `transformers.models.xlstm`; what resolves a checkpoint by its type or by its architecture's name gets ours.
 AutoConfig.register(xLSTMConfig.model_type, xLSTMConfig, exist_ok=True)
 AutoModel.register(xLSTMConfig, xLSTMModel, exist_ok=True)
 AutoModelForCausalLM.register(xLSTMConfig, xLSTMForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(xLSTMConfig, xLSTMForQuestionAnswering, exist_ok=True)
 AutoModelForSequenceClassification.register(xLSTMConfig, xLSTMForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(xLSTMConfig, xLSTMForTokenClassification, exist_ok=True)
+for _class in (
+    xLSTMConfig,
+    xLSTMForCausalLM,
+    xLSTMForQuestionAnswering,
+    xLSTMForSequenceClassification,
+    xLSTMForTokenClassification,
+    xLSTMModel,
+    xLSTMPreTrainedModel,
+):
+    setattr(transformers, _class.__name__, _class)  # TRL and `transformers serve` look there

@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,26 +249,31 @@ class xLSTMConfig(PreTrainedConfig):
         self.layer_types = None if self.has_in_tree_class else self.layers_block_type
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing to do here: `register_for_auto_class` of a model class covers the configuration."""
+        try:
+            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+        except ImportError:
+            super().register_for_auto_class(auto_class)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in Transformers, but `auto_map` is written only where the code that it names is."""
-        written = copy.copy(self)
+        written = copy.deepcopy(self)
         if written._auto_class is None and getattr(self, "auto_map", None):
-            files = [
-                f"{str(reference).split('.')[0]}.py" for reference in self.auto_map.values() if "--" not in reference
-            ]
+            classes = [name for name in self.auto_map.values() if isinstance(name, str) and "--" not in name]
+            files = [f"{name.partition('.')[0]}.py" for name in classes]  # those with "--" are on the Hub
             if not all(os.path.exists(os.path.join(save_directory, file)) for file in files):
                 del written.auto_map
         super(xLSTMConfig, written).save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict:
         output = super().to_dict()
-        unset = ["save_id", "transformers_weights"]
+        for name in ("save_id", "transformers_weights", "out_norm_bias"):
+            if not output.get(name):
+                output.pop(name, None)
         if self.block_family == "large":
-            unset += PAPER_ONLY
-        if not self.out_norm_bias:
-            unset.append("out_norm_bias")
-        for name in unset:
-            if name in PAPER_ONLY or not output.get(name):
+            for name in PAPER_ONLY:
                 output.pop(name, None)
         if output.get("layer_types") is None:
             output.pop("layer_types", None)
@@ -297,7 +302,7 @@ class xLSTMConfig(PreTrainedConfig):
             return
         depth = self.num_hidden_layers
         indices = range(depth) if slstm_at == "all" else slstm_at
-        if isinstance(indices, str) or not all(isinstance(i, int) and 0 <= i < depth for i in indices):
+        if not isinstance(indices, Sequence) or not all(index in range(depth) for index in indices):
             raise ValueError(f'`slstm_at` must be "all" or a list of indices from 0 to {depth - 1}, got {slstm_at!r}.')
         layer_types = ["slstm" if index in indices else "mlstm" for index in range(depth)]
         if self.layer_types not in (None, layer_types):

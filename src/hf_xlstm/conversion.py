@@ -171,13 +171,16 @@ def convert_checkpoint(
 
 
 def read_configuration(source: Path) -> xLSTMConfig:
-    """The configuration in a directory. Raises ValueError if it does not describe a model."""
+    """The configuration in a directory. Raises ValueError naming the file if it does not describe a model."""
     try:
         return xLSTMConfig.from_pretrained(source)
-    except (OSError, ValueError):
+    except OSError:  # which names it
         raise
     except Exception as error:  # the type of the error depends on what is wrong with which field
-        raise ValueError(f"The configuration in {source} does not describe a model: {error}") from error
+        if str(source) in str(error):
+            raise
+        file = next((source / name for name in ("config.json", "config.yaml") if (source / name).exists()), source)
+        raise ValueError(f"{file} does not describe a model: {error}") from error
 
 
 def steps_to_native(files: TensorFiles | PickledTensors, config: xLSTMConfig) -> list[Step]:

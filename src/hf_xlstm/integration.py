@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
@@ -79,6 +82,26 @@ def refuse_unknown(arguments: dict) -> None:
             "The state goes by the name `cache`, padding by `attention_mask`, packed documents by `seq_idx`, "
             "`cu_seq_lens_q` or `position_ids`."
         )
+
+
+def refuse_split_sequence() -> None:
+    """Raises NotImplementedError where somebody else's mechanism has split the sequence over ranks: accelerate's
+    `ParallelismConfig(cp_size=...)`, DeepSpeed's Ulysses (`sp_size=...`), PyTorch's `context_parallel`. They exchange
+    what attention needs; the recurrent state would start anew on every rank, and gradients be wrong in silence."""
+    if _sequence_is_split():
+        raise NotImplementedError(
+            "The sequence is split over ranks (context or sequence parallelism), which an xLSTM does not support: its "
+            "recurrent state would start anew on every rank. Use data, tensor or pipeline parallelism."
+        )
+
+
+@torch._dynamo.assume_constant_result
+def _sequence_is_split() -> bool:
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    if parallelism is not None and max(parallelism.cp_size, getattr(parallelism, "sp_size", 1)) > 1:
+        return True
+    # inside `context_parallel`, which replaces the function
+    return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor")
 
 
 class _CacheNames:
@@ -161,7 +184,7 @@ def weights_metadata(**metadata: str):
         save_file = modeling_utils.safe_save_file
 
         def save_with_metadata(*args, **kwargs):
-            return save_file(*args, **kwargs | {"metadata": (kwargs.get("metadata") or {}) | metadata})
+            return save_file(*args, **kwargs | {"metadata": metadata | (kwargs.get("metadata") or {})})
 
         modeling_utils.safe_save_file = save_with_metadata
         try:
@@ -201,14 +224,17 @@ class LoadingMixin:
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Makes `save_pretrained` write the code along from now on, so that what it saves opens without this package.
 
-        One call covers the configuration and all model classes.
+        One call covers the configuration as well. The code of a class of your own is copied by Transformers, and so is
+        that of a copy of this package beside a checkpoint.
         """
         try:
-            from .hub import AUTO_MAP  # noqa: F401  not there in a copy beside a checkpoint
+            from .hub import AUTO_MAP  # noqa: F401  not there in such a copy
+
+            cls._saves_code = cls.__module__.rpartition(".")[0] == __package__
         except ImportError:
-            super().register_for_auto_class(auto_class)  # Transformers copies the code of a copy by itself
-        else:
-            cls._saves_code = True
+            pass
+        if not cls._saves_code:
+            super().register_for_auto_class(auto_class)
 
     def push_to_hub(self, *args, **kwargs):
         """As in Transformers; the code is sent along."""
@@ -222,7 +248,9 @@ class LoadingMixin:
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
+        state_dict: dict | None = None,
         push_to_hub: bool = False,
+        *args,
         with_code: bool | None = None,
         **kwargs,
     ) -> None:
@@ -236,7 +264,7 @@ class LoadingMixin:
         if with_code is None:
             with_code = push_to_hub or self._saves_code
         live, save_id = self.config, uuid.uuid4().hex
-        self.config = copy.copy(live)
+        self.config = copy.deepcopy(live)  # in which Transformers, too, writes dtype, class and the like
         self.config.save_id = save_id
         try:
             if with_code and self._auto_class is None and self.should_save_on_this_rank(is_main_process):
@@ -244,9 +272,7 @@ class LoadingMixin:
 
                 self.config.auto_map = save_code(save_directory)
             with weights_metadata(save_id=save_id):
-                super().save_pretrained(
-                    save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
-                )
+                super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
             self.config = live
 
@@ -262,6 +288,8 @@ class LoadingMixin:
             files = TensorFiles(checkpoint_files)
             files.check_save(save_id)
             state_dict = model._tensors_from_foreign(files)
+            if state_dict is not None and is_deepspeed_zero3_enabled():  # which takes tensors only
+                state_dict = {name: x[...] for name, x in state_dict.items()}
         load = PreTrainedModel._load_pretrained_model
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if checkpoint_files:
@@ -313,7 +341,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        return with_cache_name(super().generate)(*args, **kwargs)
+        with self._packed_during_generate():
+            return with_cache_name(super().generate)(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, *args) -> None:
         """The cache is always the recurrent one; `cache_implementation` decides whether to compile for it."""

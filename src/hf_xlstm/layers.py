@@ -17,7 +17,7 @@ from transformers import initialization as init
 from .cache import xLSTMCacheLayer
 from .cells.numerics import gate_dtype
 from .configuration_xlstm import xLSTMConfig
-from .linear import joint_linear, linear_of
+from .linear import joint_linear, recompute_linear
 from .ops import mlstm, slstm
 from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = joint_linear(x, self.proj_up_gate, self.proj_up)
-        return linear_of(swiglu, self.proj_down, gate, up)
+        return recompute_linear(swiglu, self.proj_down, gate, up)
 
 
 def cell_options(

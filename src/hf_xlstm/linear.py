@@ -1,37 +1,113 @@
-"""Calls of `nn.Linear` layers, nearly all of an xLSTM's work on a CPU, by the faster of PyTorch's two libraries there.
+"""Linear layers: products by the faster library, and a prepacked copy of the weights to decode from.
 
-PyTorch multiplies float32 matrices with MKL and bfloat16 ones with oneDNN. On x86 processors oneDNN is the faster for
-both (measured on an AMD EPYC: twice as fast in training, four times when decoding), so float32 goes there too. Its own
-blocked layout of the weights, which PyTorch makes anew for every bfloat16 product, doubles the speed of products of a
-few rows once more; for a single row in float32 it only saves calls. It is a copy of the weights, so it lives only as
-long as the cache it helps to decode from.
+The layers of a block call their `nn.Linear` children through `joint_linear` and `recompute_linear`, which do up to
+three things that `layer(x)` does not:
+
+1. On x86 CPUs PyTorch multiplies float32 matrices by MKL. oneDNN is as fast or faster there, and is asked instead.
+2. Decoding on such a CPU reads every weight for each token. `PackedWeights`, one copy per model, holds the weights of
+   layers with the same input side by side in the layout that oneDNN prefers (*prepacked*), for one product instead of
+   up to six. `generate` uses it by itself, other code from `model.pack_for_decoding()` to `model.unpack()`.
+3. In training, on any device, `recompute_linear` computes the input of a layer again in the backward pass instead of
+   keeping it.
+
+A product stands for a call only where nobody can tell the difference: `is_plain` and `is_watched` say when. Otherwise
+both functions call the layer.
 """
 
 import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
-from transformers import Cache
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 # Numbers in a float32 weight below which the call takes longer than the product, and MKL is as good.
 MIN_SIZE = 2**16
-# Products of more rows gain little from blocked weights, and generating a token or two does not repay them.
+# Products of more rows gain little from prepacked weights.
 MAX_DECODING_ROWS = 64
-BLOCK_FROM_STEP = 17
+# What `nn.Linear` does unless someone, such as a counter of FLOPs, replaces it.
+LINEAR, LINEAR_FORWARD = F.linear, nn.Linear.forward
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias by oneDNN, without autograd. `weight` may be blocked."""
+def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
+    """The outputs of several linear layers for one input: [layer(x) for layer in layers], where it pays as one product
+    of their prepacked weights. x (..., D)."""
+    if is_watched(x):
+        return [layer(x) for layer in layers]
+    packed = vars(layers[0]).get("packed_weights")
+    if packed is not None and packed.in_use:
+        joint = packed.find(x, layers)
+        if joint is not None:
+            return _onednn(x, joint.weight, joint.bias).split_with_sizes(joint.sizes, dim=-1)
+    return [_linear(x, layer) for layer in layers]
+
+
+def recompute_linear(function: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """The output layer(function(*inputs)), for which training keeps `inputs` and not the result of the function. The
+    function must be cheap and depend on nothing else that wants a gradient."""
+    if torch.is_grad_enabled() and not is_watched(*inputs) and is_plain(layer, inputs[0]):
+        return _RecomputeLinear.apply(function, layer.weight, layer.bias, *inputs)
+    return joint_linear(function(*inputs), layer)[0]
+
+
+def is_watched(*inputs: torch.Tensor) -> bool:
+    """Whether someone may see or change each call of a layer or an operator: a compiler or tracer, a transform of
+    torch.func, forward-mode differentiation, autocast, a mode (FLOP counters, fake tensors), a global hook, a
+    subclass of tensor as input, or a replacement of PyTorch's own functions."""
+    return (
+        torch.compiler.is_compiling()
+        or any(type(x) is not torch.Tensor or x.is_meta or torch.is_autocast_enabled(x.device.type) for x in inputs)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+        or bool(_has_any_global_hook())
+        or torch.jit.is_tracing()
+        or F.linear is not LINEAR
+        or nn.Linear.forward is not LINEAR_FORWARD
+    )
+
+
+def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a product with its weight may stand for a call layer(x): the layer is an `nn.Linear`, no subclass,
+    wrapper or parametrization of it; it has no hooks, no other forward (as accelerate gives to offloaded layers); and
+    its parameters are its own (those of a DataParallel replica are not, nor pruned ones), of the device and dtype of
+    x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
+    if (
+        type(layer) is not nn.Linear
+        or x.ndim < 2
+        or x.numel() == 0
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or not vars(layer).keys().isdisjoint(("forward", "weight", "bias"))
+    ):
+        return False
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and (
+            (bias is None and "bias" in layer._parameters)
+            or (type(bias) is nn.Parameter and bias.dtype == x.dtype and bias.device == x.device)
+        )
+    )
+
+
+# ---- products
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias by oneDNN, without autograd. The weight may be prepacked."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -39,160 +115,248 @@ def _onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return ONEDNN and x.is_cpu and x.dtype == torch.float32 and weight.numel() >= MIN_SIZE
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer of `function(*inputs)`, which is computed again for the backward pass and not kept."""
-
-    @staticmethod
-    def forward(ctx, function, weight, bias, *inputs):
-        ctx.function = function
-        ctx.product = _product if _onednn_is_faster(inputs[0], weight) else F.linear
-        ctx.save_for_backward(weight, *inputs)
-        return ctx.product(function(*inputs), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        weight, *inputs = ctx.saved_tensors
-        _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
-        dweight = dbias = None
-        dinputs = [None] * len(inputs)
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs)]
-            x = ctx.function(*inputs)
-        if any(need_inputs):
-            dx = ctx.product(dy, weight.t())
-            grads = iter(torch.autograd.grad(x, [y for y in inputs if y.requires_grad], dx))
-            dinputs = [next(grads) if need else None for need in need_inputs]
-        x, dy = x.detach().flatten(0, -2), dy.flatten(0, -2)
-        if need_weight:  # faster with the longer side of the result in its rows
-            wide = weight.shape[0] > weight.shape[1]
-            dweight = ctx.product(x.t(), dy.t()).t().contiguous() if wide else ctx.product(dy.t(), x.t())
-        if need_bias:
-            dbias = dy.sum(0)
-        return None, dweight, dbias, *dinputs
+def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN. Nobody is watching."""
+    if not is_plain(layer, x) or not _onednn_is_faster(x, layer.weight):
+        return layer(x)
+    if torch.is_grad_enabled():
+        return _RecomputeLinear.apply(_identity, layer.weight, layer.bias, x)
+    return _onednn(x, layer.weight, layer.bias)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN."""
-    if not _is_plain(layer, x) or not _onednn_is_faster(x, layer.weight):
-        return layer(x)
-    if torch.is_grad_enabled():
-        return _Linear.apply(_identity, layer.weight, layer.bias, x)
-    return _product(x, layer.weight, layer.bias)
+class _RecomputeLinear(torch.autograd.Function):
+    """The product F.linear(function(*inputs), weight, bias), whose first factor is computed again in the backward
+    pass. Its second derivatives are exact: a backward pass that is to be differentiated, or watched, consists of
+    PyTorch's own operators."""
+
+    @staticmethod
+    def forward(ctx, function, weight, bias, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(weight, bias, *inputs)
+        product = _onednn if _onednn_is_faster(inputs[0], weight) else F.linear
+        return product(function(*inputs), weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, bias, *inputs = ctx.saved_tensors
+        need_weight, need_bias, *need_inputs = ctx.needs_input_grad[1:]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [x.view_as(x) for x in inputs]  # of its own for each argument, should two be the same tensor
+            x = ctx.function(*inputs)
+        needed_inputs = [y for y, need in zip(inputs, need_inputs, strict=True) if need]
+        # the last: `is_grads_batched`
+        if create_graph or is_watched(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
+            with torch.enable_grad():
+                y = F.linear(x, weight, bias)
+            needed = [p for p, need in ((weight, need_weight), (bias, need_bias)) if need] + needed_inputs
+            grads = iter(torch.autograd.grad(y, needed, dy, create_graph=create_graph))
+            return None, *(next(grads) if need else None for need in ctx.needs_input_grad[1:])
+
+        product = _onednn if _onednn_is_faster(dy, weight) else F.linear
+        dweight = dbias = None
+        dinputs = iter(())
+        if needed_inputs:
+            dinputs = iter(torch.autograd.grad(x, needed_inputs, product(dy, weight.t())))
+        x, dy = x.detach().flatten(0, -2), dy.flatten(0, -2)
+        if need_weight:  # faster with the longer side of the result in its rows
+            wide = weight.shape[0] > weight.shape[1]
+            dweight = product(x.t(), dy.t()).t().contiguous() if wide else product(dy.t(), x.t())
+        if need_bias:
+            dbias = dy.sum(0)
+        return None, dweight, dbias, *(next(dinputs) if need else None for need in need_inputs)
 
 
-def linear_of(function: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """layer(function(*inputs)), in training without keeping what the function returned. It must be cheap and depend
-    on nothing else that wants a gradient."""
-    if not torch.is_grad_enabled() or not _is_plain(layer, inputs[0]):
-        return joint_linear(function(*inputs), layer)[0]
-    return _Linear.apply(function, layer.weight, layer.bias, *inputs)
+# ---- prepacked weights
 
 
-class _Blocked(NamedTuple):
-    """The weights of one or more layers of the same input, one below the other, in oneDNN's blocked layout."""
+class _Source(NamedTuple):
+    """What a parameter was when it was copied."""
+
+    parameter: nn.Parameter
+    version: int
+    address: int
+    checksum: torch.Tensor
+
+
+class _JointWeight(NamedTuple):
+    """The prepacked weights of layers with the same input, one below the other."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    sizes: list[int]
-    sources: list[tuple[nn.Module, str, torch.Tensor, int, int]]  # what the layers held, its version and address
+    sizes: list[int]  # output features of each layer
+    sources: list[_Source]
 
-    def is_current(self) -> bool:
-        """Whether the layers still hold what was copied, and nothing wants to see them called."""
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layers: Sequence[nn.Module], rows: int) -> "_JointWeight":
+        """A copy for products of about so many rows."""
+        weight, bias = torch.cat([layer.weight for layer in layers]), None
+        if any(layer.bias is not None for layer in layers):
+            bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+            bias = torch.cat(bias)
+        sources = [
+            _Source(p, p._version, p.data_ptr(), _checksum(p))
+            for layer in layers
+            for p in (layer.weight, layer.bias)
+            if p is not None
+        ]
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return cls(weight, bias, [len(layer.weight) for layer in layers], sources)
+
+    def is_copy_of(self, parameters: Sequence[nn.Parameter], by_content: bool) -> bool:
+        """Whether these still are the parameters that were copied, and no operation on them has written to them since;
+        with `by_content` also, whether their checksums are the same."""
         return all(
-            layer._parameters[name] is x
-            and x._version == version
-            and x.data_ptr() == address
-            and not (layer._forward_hooks or layer._forward_pre_hooks)
-            for layer, name, x, version, address in self.sources
+            source.parameter is p
+            and source.version == p._version
+            and source.address == p.data_ptr()
+            and (not by_content or torch.equal(source.checksum, _checksum(p)))
+            for source, p in zip(self.sources, parameters, strict=True)
         )
 
 
-class _Decoding:
-    """What belongs to one cache: how often it was continued, and blocked weights by the ids of their layers."""
-
-    def __init__(self, model: nn.Module):
-        size = sum(x.nbytes for x in model.parameters())
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-        self.affordable = 4 * size < memory
-        self.steps = 0
-        self.blocked: dict[tuple[int, ...], _Blocked | None] = {}
+def _checksum(parameter: torch.Tensor) -> torch.Tensor:
+    """Sums of every (D + 1)st number, D the last dimension, as integers and modulo a power of two: another number
+    changes them, and so does another order of rows or columns. Takes as long as reading the parameter."""
+    integer = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
+    bits, width = parameter.detach().flatten().view(integer), parameter.shape[-1] + 1
+    whole = bits.numel() // width * width
+    return torch.cat([bits[:whole].view(-1, width).sum(0, dtype=integer), bits[whole:]])
 
 
-_decodings: WeakKeyDictionary[Cache, _Decoding] = WeakKeyDictionary()
-_current: ContextVar[_Decoding | None] = ContextVar("decoding", default=None)
+class PackedWeights:
+    """A model's prepacked copy of the weights of its linear layers, to decode from on a CPU.
+
+    The model and its linear layers share it as their attribute `packed_weights`. While it is in use, from
+    `pack_for_decoding` on or during a call of `generate`, the first step (a pass of one token per sequence) fills it,
+    layer by layer. A part that is no copy of the weights any more is dropped and made anew. Operations that write to a
+    parameter are noticed at once. Writes that PyTorch does not count (through `parameter.data`, NumPy, a fused
+    optimizer) are found by checksums, which are compared once in each call of `generate`, and once after
+    `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without."""
+
+    def __init__(self):
+        self.joint: dict[tuple[int, ...], _JointWeight] = {}  # by the ids of the layers
+        self.checked: set[tuple[int, ...]] = set()  # those compared by checksums since the latest such call began
+        self.kept_in_use = False
+        self.calls = 0  # of `generate` that are running
+
+    def __reduce__(self):  # for copies and pickles
+        return PackedWeights, ()
+
+    @property
+    def in_use(self) -> bool:
+        return self.kept_in_use or self.calls > 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for joint in self.joint.values() for x in (joint.weight, joint.bias) if x is not None)
+
+    def find(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> _JointWeight | None:
+        """The current copy of the weights of these layers; None where it does not pay, or they must be called."""
+        if torch.is_grad_enabled():
+            self.checked.clear()  # an optimizer may follow, and PyTorch does not count the writes of fused ones
+            return None
+        rows = x.numel() // x.shape[-1]
+        if not ONEDNN or not x.is_cpu or rows > MAX_DECODING_ROWS or not all(is_plain(layer, x) for layer in layers):
+            return None
+        if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
+            return None  # a single row times a single float32 matrix gains nothing
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        if any(p.is_inference() for p in parameters):
+            return None  # PyTorch counts nothing that is written to them
+        key = tuple(map(id, layers))
+        joint = self.joint.get(key)
+        if joint is None or not joint.is_copy_of(parameters, by_content=key not in self.checked):
+            self.joint.pop(key, None)
+            if x.shape[-2] > 1:
+                return None  # a prompt: the next step makes a copy, in the layout for its number of rows
+            joint = self.joint[key] = _JointWeight.of(layers, rows)
+        self.checked.add(key)
+        return joint
+
+    @contextlib.contextmanager
+    def during_generate(self) -> Iterator[None]:
+        self.calls += 1
+        self.checked.clear()
+        try:
+            yield
+        finally:
+            self.calls -= 1
+            if not self.calls and self.checked:  # layers that were replaced or wrapped are not asked for any more
+                self.joint = {key: joint for key, joint in self.joint.items() if key in self.checked}
 
 
-@contextlib.contextmanager
-def decoding(model: nn.Module, cache: Cache | None) -> Iterator[None]:
-    """Around a forward pass that may continue from `cache`. From the 17th on, `joint_linear` computes products of a
-    few rows from blocked copies of the weights, which repay themselves in 10 to 40 steps and live as long as the
-    cache. A model that takes more than a quarter of the machine's memory does without."""
-    if not ONEDNN or torch.compiler.is_compiling() or not isinstance(cache, Cache):
-        yield
-        return
-    state = _decodings.get(cache)
-    if state is None:
-        state = _decodings[cache] = _Decoding(model)
-    state.steps += 1
-    token = _current.set(state if state.affordable and state.steps >= BLOCK_FROM_STEP else None)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class PackedWeightsMixin:
+    """The methods of a model about its `PackedWeights`."""
+
+    #: Whether `generate` may, on a CPU, decode from a prepacked copy of the linear weights, which is kept for the next
+    #: calls and takes as much memory as they do. It does so where the copy fits into a quarter of the memory.
+    pack_in_generate: bool = True
+
+    def pack_for_decoding(self) -> None:
+        """Decode from a prepacked copy of the linear weights from now on, also outside of `generate` and however large
+        the model is.
+
+        The next step without gradients, a pass of one token for each of at most 64 sequences, makes the copy
+        (`packed_nbytes`). `unpack()`, `train()` and moving or casting the model drop it. It has no effect on
+        processors other than x86, and in dtypes other than float32 and bfloat16. After writing to weights through
+        `parameter.data` or NumPy call this again: PyTorch does not count such writes, so that otherwise only the next
+        call of `generate` would notice."""
+        packed = self._attach_packed_weights()
+        packed.kept_in_use = True
+        packed.checked.clear()
+
+    def unpack(self) -> None:
+        """Drop the prepacked copy of the weights, and use none until `pack_for_decoding` or the next `generate`."""
+        for module in self.modules():
+            packed = vars(module).pop("packed_weights", None)
+            if packed is not None:
+                packed.kept_in_use = False
+                packed.joint = {}
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the prepacked copy of the weights that this model holds now."""
+        packed = vars(self).get("packed_weights")
+        return 0 if packed is None else packed.nbytes
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.unpack()
+        return super()._apply(*args, **kwargs)
+
+    def _attach_packed_weights(self) -> PackedWeights:
+        packed = vars(self).get("packed_weights")
+        if packed is None:
+            packed = self.packed_weights = PackedWeights()
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.packed_weights = packed
+        return packed
+
+    def _packed_during_generate(self) -> contextlib.AbstractContextManager[None]:
+        """Around `generate`: the layers use the prepacked copy, or make it."""
+        if not (self.pack_in_generate and ONEDNN and self.device.type == "cpu") or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        if "packed_weights" not in vars(self) and 4 * sum(p.nbytes for p in self.parameters()) > _memory():
+            return contextlib.nullcontext()
+        return self._attach_packed_weights().during_generate()
 
 
-def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
-    """What each of the linear layers makes of x (..., D): one product for all of them while decoding on a CPU."""
-    if torch.compiler.is_compiling():
-        return [layer(x) for layer in layers]
-    state, rows = _current.get(), x.numel() // x.shape[-1]
-    if state is None or rows > MAX_DECODING_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return [linear(x, layer) for layer in layers]
-    key = tuple(map(id, layers))
-    if key not in state.blocked:
-        state.blocked[key] = _block(x, layers, rows)
-    blocked = state.blocked[key]
-    if blocked is None or blocked.weight.dtype != x.dtype or not blocked.is_current():
-        return [linear(x, layer) for layer in layers]
-    return _product(x, blocked.weight, blocked.bias).split_with_sizes(blocked.sizes, dim=-1)
-
-
-def _block(x: torch.Tensor, layers: Sequence[nn.Module], rows: int) -> _Blocked | None:
-    """None if one of the layers is no plain one: adapted, quantized, sharded, offloaded or hooked."""
-    if not x.is_cpu or not all(_is_plain(layer, x) for layer in layers):
-        return None
-    if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
-        return None
-    weight, bias = torch.cat([layer.weight for layer in layers]), None
-    if any(layer.bias is not None for layer in layers):
-        bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-        bias = torch.cat(bias)
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    sources = [
-        (layer, name, p, p._version, p.data_ptr())
-        for layer in layers
-        for name, p in layer._parameters.items()
-        if p is not None
-    ]
-    return _Blocked(weight, bias, [len(layer.weight) for layer in layers], sources)
-
-
-def _is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a product with the layer's weight may stand for a call of the layer: it is no other class, has no hooks
-    and no sharded or quantized weight, and neither autocast nor the compiler wants to see it."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return False
-    weight = layer._parameters["weight"]
-    return (
-        type(weight) is nn.Parameter
-        and weight.dtype == x.dtype
-        and weight.device == x.device
-        and "forward" not in vars(layer)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def _memory() -> int:
+    """Bytes of memory that this machine, or the container this runs in, has; 0 if that is unknown."""
+    if not hasattr(os, "sysconf"):
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
+        memory = min(memory, int(file.read()))  # a file that does not exist, or says "max", is no limit
+    return memory

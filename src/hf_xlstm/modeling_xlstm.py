@@ -34,11 +34,12 @@ from .integration import (
     ModelOutput,
     RecurrentGenerationMixin,
     one_cache,
+    refuse_split_sequence,
     refuse_unknown,
     with_cache_name,
 )
 from .layers import FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer
-from .linear import decoding, joint_linear
+from .linear import PackedWeightsMixin, joint_linear
 from .paper import PaperLayerNorm, add_paper_layers
 from .pointwise import cross_entropy, soft_cap
 
@@ -95,7 +96,7 @@ class xLSTMBlock(GradientCheckpointingLayer):
         return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
 
 
-class xLSTMPreTrainedModel(LoadingMixin, PreTrainedModel):
+class xLSTMPreTrainedModel(LoadingMixin, PackedWeightsMixin, PreTrainedModel):
     """What all xLSTM models share: configuration class, initialisation, how they are loaded and split."""
 
     config: xLSTMConfig
@@ -187,8 +188,10 @@ class xLSTMModel(xLSTMPreTrainedModel):
         Raises:
             ValueError: an argument contradicts another one, or its shape does not fit.
             TypeError: an unknown argument, such as a cache under another name, would have to be ignored.
+            NotImplementedError: the sequence is split over ranks.
         """
         refuse_unknown(kwargs)
+        refuse_split_sequence()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
@@ -408,18 +411,17 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
-        with decoding(self, cache):
-            outputs = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
         logits = soft_cap(logits.to(gate_dtype(logits.dtype)), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from .cache import xLSTMCacheLayer
 from .configuration_xlstm import xLSTMConfig
 from .layers import CausalConv, HeadwiseLinear, SLSTMLayer, cell_options, residual_std
-from .linear import joint_linear, linear_of
+from .linear import joint_linear, recompute_linear
 from .ops import mlstm
 from .pointwise import swiglu
 
@@ -117,7 +117,7 @@ class PaperMLSTMLayer(nn.Module):
         if cache is not None:
             cache.update(state)
         return self.dropout(
-            linear_of(swiglu, self.out_proj, gate, self.multihead_norm(h) + self.learnable_skip * conv)
+            recompute_linear(swiglu, self.out_proj, gate, self.multihead_norm(h) + self.learnable_skip * conv)
         )
 
 

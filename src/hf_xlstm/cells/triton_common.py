@@ -74,7 +74,7 @@ def unsupported_reason(x: torch.Tensor, *head_dims: int) -> str | None:
 
 
 def unsupported_gpu(device: torch.device) -> str | None:
-    """The GPUs for which benchmarks/kernel_resources.py compiles every kernel, and those that run the same code."""
+    """The GPUs for which benchmarks/gpu/kernel_resources.py compiles all kernels, and those that run the same code."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is None:
         if properties.major >= 8:

@@ -20,6 +20,16 @@ __all__ = [
 # Where a Transformers model keeps the configuration of the model of the `xlstm` package that it wraps.
 WRAPPED = ("_xlstm_config", "xlstm_cfg")
 
+# Fields of the `xlstm` package that a flat configuration cannot have, and what to use.
+INSTEAD = {
+    "mlstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "slstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
+    "conv1d_kernel_size": "use `mlstm_conv_kernel_size` and `slstm_conv_kernel_size`",
+    "proj_factor": "use `mlstm_inner_dim` and `ffn_proj_factor`",
+    "round_proj_up_to_multiple_of": "use `mlstm_inner_dim` and `ffn_round_up_to_multiple_of`",
+    "recurrent_weight_init": "use `slstm_recurrent_init`",
+}
+
 
 def config_from_yaml(config: dict[str, Any]) -> dict[str, Any]:
     """Native fields from a `config.yaml` of the `xlstm` package, for either of its models.
@@ -52,7 +62,13 @@ def config_from_xlstm(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"`slstm_at` is {list(slstm_at)}, but there is no `slstm_block`.")
     mlstm, slstm = (mlstm_block or {}).get("mlstm") or {}, (slstm_block or {}).get("slstm") or {}
     ffn = (slstm_block or {}).get("feedforward") or {}
-    for fields, name, value in ((ffn, "act_fn", "gelu"), (slstm, "function", "slstm"), (ffn, "bias", False)):
+    supported = (
+        (ffn, "act_fn", "gelu"),
+        (ffn, "bias", False),
+        (ffn, "ff_type", "ffn_gated"),
+        (slstm, "function", "slstm"),
+    )
+    for fields, name, value in supported:
         if fields.get(name, value) != value:
             raise ValueError(f"`{name}`={fields[name]!r} is not supported, only {value!r}.")
     return {
@@ -131,7 +147,7 @@ def config_to_xlstm(config, slstm_backend: str = "vanilla") -> dict[str, Any]:
     }
 
 
-# fields of `xLSTMLargeConfig` that have the same name and meaning here
+# The fields of `xLSTMLargeConfig`, which have the same names and meanings here, without the sizes.
 LARGE_FIELDS = (
     "num_heads",
     "vocab_size",
@@ -161,11 +177,10 @@ LARGE_FIELDS = (
 def config_from_large(config: dict[str, Any]) -> dict[str, Any]:
     """Native fields from those of `xLSTMLargeConfig`. Raises ValueError if one is missing."""
     _require_fields(config, ("num_blocks", "embedding_dim", "vocab_size"))
-    fields = {"ffn_proj_factor": 2.6667} | {name: config[name] for name in LARGE_FIELDS if name in config}
+    fields = {"ffn_proj_factor": 2.6667} | config
     # with `use_bias`, all its norms have one
     fields["out_norm_bias"] = bool(config.get("use_bias", False) and config.get("add_out_norm", True))
-    sizes = {"model_type": "xlstm", "hidden_size": config["embedding_dim"], "num_hidden_layers": config["num_blocks"]}
-    return fields | sizes
+    return fields | {"model_type": "xlstm"}
 
 
 def config_to_large(config, weight_mode: str = "single") -> dict[str, Any]:
@@ -256,17 +271,6 @@ def refuse_other_models(config, fields: dict[str, Any]) -> None:
     if not paper and (config.qk_dim % multiple or config.v_dim % multiple):
         widths = f"{config.qk_dim} and {config.v_dim}"
         raise ValueError(f"`mlstm_round_up_to_multiple_of`={multiple} does not divide `qk_dim` and `v_dim`, {widths}.")
-
-
-# Fields of the `xlstm` package that a flat configuration cannot have, and what to use.
-INSTEAD = {
-    "mlstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
-    "slstm_block": "`config_from_xlstm` of hf_xlstm.formats.configs reads nested configurations",
-    "conv1d_kernel_size": "use `mlstm_conv_kernel_size` and `slstm_conv_kernel_size`",
-    "proj_factor": "use `mlstm_inner_dim` and `ffn_proj_factor`",
-    "round_proj_up_to_multiple_of": "use `mlstm_inner_dim` and `ffn_round_up_to_multiple_of`",
-    "recurrent_weight_init": "use `slstm_recurrent_init`",
-}
 
 
 def _require_fields(config: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ def plan(dtype: torch.dtype, K: int, V: int, gpu: GPU) -> Plan:
 
     Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and that
     only for head dims whose tokens it can load 16 bytes at a time. No tile depends on B and T: one compilation serves
-    all lengths. benchmarks/kernel_resources.py reports the registers and the shared memory of each choice.
+    all lengths. benchmarks/gpu/kernel_resources.py reports the registers and the shared memory of each choice.
     """
     aligned = K % 16 == V % 16 == 0
     if dtype != torch.bfloat16:

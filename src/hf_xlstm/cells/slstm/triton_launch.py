@@ -18,7 +18,7 @@ BB = 16  # sequences per program, the least a matrix product takes
 def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
     """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None.
 
-    Nothing depends on T or on the batch size. benchmarks/kernel_resources.py reports the registers and the shared
+    Nothing depends on T or on the batch size. benchmarks/gpu/kernel_resources.py reports the registers and the shared
     memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it without
     spilling.
 

@@ -6,19 +6,27 @@ slstm        a sequence, forward or with backward; beside the reference and an L
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, IN_TREE, OURS, Measure, Turn, compare, main, relative_error, significant, timed
 from torch import nn
 from transformers.models.xlstm import modeling_xlstm as in_tree
 
 from hf_xlstm.ops import mlstm, mlstm_step, slstm
 
 
-# float64 reference and own result may differ by this much (relative, Euclidean)
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import DTYPES, Measure, Turn, compare, main
+from benchmarks.peers import HF_XLSTM, IN_TREE
+from benchmarks.provenance import relative_error, significant, timed
+
+
+# float64 reference and result may differ by this much (relative, Euclidean)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 ATTENTION, REFERENCE, LSTM, COPY = "attention", "reference", "lstm", "copy"
 
@@ -63,28 +71,28 @@ def assert_exact(function: Callable, inputs: Sequence[torch.Tensor], backward: b
     """Relative errors against the reference in float64. No number is written before this has passed."""
     actual = evaluate(function, inputs, backward)
     expected = evaluate(partial(function, backend="reference"), [x.double() for x in inputs], backward)
-    errors = [significant(relative_error(a.double(), e), 2) for a, e in zip(actual, expected, strict=True)]
+    errors = [significant(relative_error(a, e), 2) for a, e in zip(actual, expected, strict=True)]
     if not all(error < TOLERANCE[dtype] for error in errors):
         raise AssertionError(f"Relative errors {errors} against the reference.")
     return errors
 
 
-def our_mlstm(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def native_mlstm(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     return mlstm(*inputs, backend=backend)[0]
 
 
-def our_mlstm_step(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def native_mlstm_step(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     return mlstm_step(*inputs[:5], inputs[5:], backend=backend)[0]
 
 
-def our_slstm(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def native_slstm(*inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     return slstm(*inputs, backend=backend)[0]
 
 
 def mlstm_turn(peer: str, shape: str, dtype: str, length: int, backward: bool) -> Turn:
     inputs = mlstm_inputs(shape, DTYPES[dtype], 1, length)
-    if peer == OURS:
-        return timed(partial(evaluate, our_mlstm, inputs, backward))
+    if peer == HF_XLSTM:
+        return timed(partial(evaluate, native_mlstm, inputs, backward))
     q, k, v, i, f = (x.transpose(1, 2).to(DTYPES[dtype]).contiguous() for x in inputs)
     if peer == ATTENTION:
         return timed(partial(evaluate, partial(F.scaled_dot_product_attention, is_causal=True), [q, k, v], backward))
@@ -98,7 +106,7 @@ def mlstm_step_turn(peer: str, shape: str, dtype: str, batch_size: int) -> Turn:
     q, k, v, i, f, c, n, m = mlstm_step_inputs(shape, DTYPES[dtype], batch_size)
     if peer == COPY:
         return timed(partial(torch.empty_like(c).copy_, c))
-    if peer == OURS:
+    if peer == HF_XLSTM:
         return timed(partial(mlstm_step, q, k, v, i, f, (c, n, m), inplace=True))
     i, f, m = (x[..., None] for x in (i, f, m))
     return timed(partial(in_tree.mlstm_recurrent_step_native, q, k, v, i, f, c, n, m))
@@ -106,7 +114,7 @@ def mlstm_step_turn(peer: str, shape: str, dtype: str, batch_size: int) -> Turn:
 
 def slstm_turn(peer: str, shape: str, dtype: str, length: int, backward: bool) -> Turn:
     inputs = slstm_inputs(shape, DTYPES[dtype], length)
-    function = partial(our_slstm, backend=REFERENCE) if peer == REFERENCE else our_slstm
+    function = partial(native_slstm, backend=REFERENCE) if peer == REFERENCE else native_slstm
     if peer == LSTM:
         width = inputs[2][0].numel()
         lstm = nn.LSTM(width, width, batch_first=True, dtype=DTYPES[dtype])
@@ -115,22 +123,22 @@ def slstm_turn(peer: str, shape: str, dtype: str, length: int, backward: bool) -
 
 
 def measure_mlstm(shape: str, dtype: str, length: int, backward: bool, args: argparse.Namespace) -> dict:
-    errors = assert_exact(our_mlstm, mlstm_inputs(shape, DTYPES[dtype], 1, 200), backward, dtype)
+    errors = assert_exact(native_mlstm, mlstm_inputs(shape, DTYPES[dtype], 1, 200), backward, dtype)
     start = partial(mlstm_turn, shape=shape, dtype=dtype, length=length, backward=backward)
-    peers = compare(start, [OURS, IN_TREE, ATTENTION], length, args, baselines=[IN_TREE, ATTENTION])
+    peers = compare(start, [HF_XLSTM, IN_TREE, ATTENTION], length, args, baselines=[IN_TREE, ATTENTION])
     return {"errors": errors, "peers": peers}
 
 
 def measure_mlstm_step(shape: str, dtype: str, batch_size: int, args: argparse.Namespace) -> dict:
-    errors = assert_exact(our_mlstm_step, mlstm_step_inputs(shape, DTYPES[dtype], batch_size), False, dtype)
+    errors = assert_exact(native_mlstm_step, mlstm_step_inputs(shape, DTYPES[dtype], batch_size), False, dtype)
     start = partial(mlstm_step_turn, shape=shape, dtype=dtype, batch_size=batch_size)
-    return {"errors": errors, "peers": compare(start, [OURS, IN_TREE, COPY], batch_size, args)}
+    return {"errors": errors, "peers": compare(start, [HF_XLSTM, IN_TREE, COPY], batch_size, args)}
 
 
 def measure_slstm(shape: str, dtype: str, length: int, backward: bool, args: argparse.Namespace) -> dict:
-    errors = assert_exact(our_slstm, slstm_inputs(shape, DTYPES[dtype], 50), backward, dtype)
+    errors = assert_exact(native_slstm, slstm_inputs(shape, DTYPES[dtype], 50), backward, dtype)
     start = partial(slstm_turn, shape=shape, dtype=dtype, length=length, backward=backward)
-    peers = compare(start, [OURS, REFERENCE, LSTM], length, args, baselines=[REFERENCE, LSTM])
+    peers = compare(start, [HF_XLSTM, REFERENCE, LSTM], length, args, baselines=[REFERENCE, LSTM])
     return {"errors": errors, "peers": peers}
 
 

@@ -7,13 +7,15 @@ memory     what a step, gradients included, adds to the resident set of a proces
 """
 
 import argparse
-import time
+import sys
 from functools import partial
+from pathlib import Path
 
-from common import (
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import (
     DTYPES,
-    IN_TREE,
-    OURS,
     Measure,
     Turn,
     assert_as_exact_as_in_tree,
@@ -23,24 +25,24 @@ from common import (
     peak_memory,
     random_tokens,
 )
+from benchmarks.peers import HF_XLSTM, IN_TREE
+from benchmarks.provenance import seconds
 
 
-MIXED = f"{OURS}, one sLSTM in eight"
+MIXED = f"{HF_XLSTM}, one sLSTM in eight"
 
 
 def training_turn(peer: str, size: str, dtype: str, length: int) -> Turn:
     fields = {}
     if peer == MIXED:
         layers = int(size.split("x")[1])
-        peer, fields = OURS, {"layer_types": ["slstm" if i % 8 == 1 else "mlstm" for i in range(layers)]}
+        peer, fields = HF_XLSTM, {"layer_types": ["slstm" if i % 8 == 1 else "mlstm" for i in range(layers)]}
     model = build(peer, size, DTYPES[dtype], **fields).train()
 
     def turn(length: int = length) -> float:
         ids = random_tokens(1, length)
         model.zero_grad()
-        start = time.perf_counter()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        return time.perf_counter() - start
+        return seconds(lambda: model(ids, labels=ids, use_cache=False).loss.backward())
 
     turn(128)
     model.zero_grad()
@@ -61,7 +63,7 @@ def ragged(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict
     """The peers here are two lengths of one model. They differ by one token, which the speeds neglect."""
     errors = assert_as_exact_as_in_tree(size)
     lengths = str(length + 1), str(length)
-    models = (OURS, IN_TREE) if dtype == "float32" else (OURS,)  # the other cannot train in bfloat16
+    models = (HF_XLSTM, IN_TREE) if dtype == "float32" else (HF_XLSTM,)  # the other cannot train in bfloat16
     starts = {peer: partial(ragged_turn, peer=peer, size=size, dtype=dtype) for peer in models}
     speeds = {peer: compare(starts[peer], lengths, length, args, baselines=lengths[:1]) for peer in models}
     return {"errors": errors, "lengths": speeds}
@@ -70,7 +72,7 @@ def ragged(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict
 def slstm(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(training_turn, size=size, dtype=dtype, length=length)
-    return {"errors": errors, "peers": compare(start, [OURS, MIXED], length, args, baselines=[OURS])}
+    return {"errors": errors, "peers": compare(start, [HF_XLSTM, MIXED], length, args, baselines=[HF_XLSTM])}
 
 
 def memory(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:

@@ -2,22 +2,25 @@
 
 A small model learns such records in a minute or two, then continues some of them greedily. Prompt lookup guesses the
 next tokens from what followed the last ones earlier in the text; the model checks all guesses in one pass, and its
-cache takes back what it rejects. The texts must be identical. Writes JSON.
+cache takes back what it rejects. The texts must be identical.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
-import time
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import Measure, main
+from benchmarks.provenance import seconds, significant
 
 
 def records(seed: int, number: int) -> str:
@@ -46,32 +49,25 @@ def learn(model: xLSTMForCausalLM, steps: int, length: int = 192, batch_size: in
 
 
 def decode(model: xLSTMForCausalLM, prompt: torch.Tensor, new_tokens: int, guesses: int | None) -> tuple[dict, list]:
-    passes = 0
+    """Speed, and the ids. `guesses`: how many tokens to look up at a time; None: plain decoding."""
+    passes, ids = 0, []
 
     def count(*args) -> None:
         nonlocal passes
         passes += 1
 
+    def generate() -> None:
+        options = {} if guesses is None else {"prompt_lookup_num_tokens": guesses}
+        ids.extend(model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, **options).tolist())
+
     hook = model.backbone.register_forward_hook(count)
-    start = time.perf_counter()
-    options = {} if guesses is None else {"prompt_lookup_num_tokens": guesses}
-    ids = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, **options)
-    seconds = time.perf_counter() - start
+    tokens_per_second = significant(new_tokens / seconds(generate))
     hook.remove()
-    result = {"guesses": guesses, "tokens_per_s": new_tokens / seconds, "tokens_per_pass": new_tokens / passes}
-    return result, ids.tolist()
+    speed = {"tokens_per_second": tokens_per_second, "tokens_per_pass": significant(new_tokens / passes)}
+    return {"guesses": guesses} | speed, ids
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--output", type=Path, help="write the JSON here instead of printing it")
-    add("--steps", type=int, default=150, help="training steps")
-    add("--new-tokens", type=int, default=256, help="length of the continuation")
-    add("--guesses", type=int, nargs="+", default=[3, 5, 10, 20], help="tokens to look up at a time")
-    add("--repeats", type=int, default=3, help="take the fastest of so many runs")
-    args = parser.parse_args()
-
+def measure(steps: int, new_tokens: int, guesses: list[int], args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     config = xLSTMConfig(
         vocab_size=256,
@@ -84,35 +80,32 @@ def main() -> None:
         pad_token_id=0,
     )
     model = xLSTMForCausalLM(config)
-    loss = learn(model.train(), args.steps)
+    loss = learn(model.train(), steps)
     model.eval()
     prompt = encode(records(-1, 6))
-    expected = decode(model, prompt, args.new_tokens, None)[1]  # also the warm-up
+    _, expected = decode(model, prompt, new_tokens, None)  # also the warm-up
     results = []
-    for guesses in (None, *args.guesses):
-        runs = [decode(model, prompt, args.new_tokens, guesses) for _ in range(args.repeats)]
-        best = max((result for result, _ in runs), key=lambda result: result["tokens_per_s"])
-        results.append(best | {"same_text": all(ids == expected for _, ids in runs)})
+    for count in (None, *guesses):
+        runs = [decode(model, prompt, new_tokens, count) for _ in range(args.rounds)]
+        best = max((result for result, _ in runs), key=lambda result: result["tokens_per_second"])
+        if not all(ids == expected for _, ids in runs):
+            raise AssertionError(f"Prompt lookup with {count} guesses writes another text.")
+        results.append(best)
     for result in results:
-        result["speedup"] = result["tokens_per_s"] / results[0]["tokens_per_s"]
-
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    report = {
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        result["speedup"] = significant(result["tokens_per_second"] / results[0]["tokens_per_second"], 3)
+    return {
         "model": {"parameters": model.num_parameters(), "blocks": config.layer_types, "final_loss": loss},
         "prompt_tokens": prompt.shape[1],
-        "new_tokens": args.new_tokens,
+        "new_tokens": new_tokens,
         "text": bytes(expected[0][prompt.shape[1] :]).decode(errors="replace"),
         "results": results,
     }
-    text = json.dumps(report, indent=2) + "\n"
-    if args.output is None:
-        print(text, end="")
-    else:
-        args.output.write_text(text, encoding="utf-8")
+
+
+def rows(quick: bool) -> dict[str, Measure]:
+    """Training steps, length of the continuation, tokens to look up at a time."""
+    return {"records": partial(measure, 2, 8, [3]) if quick else partial(measure, 150, 256, [3, 5, 10, 20])}
 
 
 if __name__ == "__main__":
-    main()
+    main("speculative", __doc__, rows)

@@ -2,50 +2,31 @@
 
 import argparse
 import copy
-import datetime
 import functools
 import gc
 import json
-import math
 import multiprocessing
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-import hf_xlstm
+from benchmarks import peers, provenance
+from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS
+from benchmarks.provenance import RESULTS, relative_error, significant, timed
 
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
-OURS, IN_TREE = "hf_xlstm", "in_tree"
-PEERS = {
-    OURS: "hf_xlstm",
-    IN_TREE: "xLSTM of Transformers",
-    "llama": "Llama",
-    "mamba2": "Mamba-2",
-    "deltanet": "gated DeltaNet",
-}
 BASELINES = (IN_TREE, "llama")  # speeds are given relative to these
+LINEAR_FLOOR = "linear_floor"
 VOCAB_SIZE, NUM_HEADS = 16384, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-transformers.logging.set_verbosity_error()  # which optional packages peers would like is not the question here
 
 Turn = Callable[[], float]  # does the work once and returns the seconds it took
 Start = Callable[[str], Turn]  # prepares the work of one peer and warms it up
@@ -56,62 +37,14 @@ Measure = Callable[[argparse.Namespace], dict]
 
 
 def build(peer: str, size: str, dtype: torch.dtype, **fields) -> PreTrainedModel:
-    """A random model in eval mode; `size` is "<hidden size>x<layers>" of the xLSTM, and the others have about as many
-    parameters. `fields` go to the config of hf_xlstm."""
+    """A peer; `size` is "<hidden size>x<layers>" of the xLSTM. `fields` go to its configuration."""
     hidden_size, layers = map(int, size.split("x"))
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": hidden_size, "num_hidden_layers": layers}
-    sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # generation never ends early
-    xlstm = hf_xlstm.xLSTMConfig(**sizes, num_heads=NUM_HEADS, **fields)
-    torch.manual_seed(0)
-    if peer == OURS:
-        model = open_gates(hf_xlstm.xLSTMForCausalLM(xlstm))
-    elif peer == IN_TREE:
-        model = open_gates(transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**sizes, num_heads=NUM_HEADS)))
-    elif peer == "llama":
-        attention = {"num_attention_heads": hidden_size // 64, "attn_implementation": "sdpa"}
-        config = transformers.LlamaConfig(**sizes, intermediate_size=xlstm.ffn_dim, **attention)
-        model = transformers.LlamaForCausalLM(config)
-    elif peer == "mamba2":
-        sizes["num_hidden_layers"] *= 2  # a block has no feed-forward layer
-        config = transformers.Mamba2Config(**sizes, num_heads=hidden_size // 32, head_dim=64, n_groups=1)
-        model = transformers.Mamba2ForCausalLM(config)
-    elif peer == "deltanet":
-        # Qwen3.5 with the heads of the xLSTM. Its cache needs one layer of attention, which is the last one.
-        config = Qwen3_5TextConfig(
-            **sizes,
-            intermediate_size=xlstm.ffn_dim,
-            layer_types=["linear_attention"] * (layers - 1) + ["full_attention"],
-            num_attention_heads=hidden_size // 64,
-            num_key_value_heads=hidden_size // 64,
-            head_dim=64,
-            linear_num_key_heads=NUM_HEADS,
-            linear_num_value_heads=NUM_HEADS,
-            linear_key_head_dim=xlstm.qk_head_dim,
-            linear_value_head_dim=xlstm.v_head_dim,
-        )
-        model = Qwen3_5ForCausalLM(config)
-    else:
-        raise ValueError(f"Unknown peer {peer!r}.")
-    return model.to(dtype).eval()
-
-
-@torch.no_grad()
-def open_gates(model: PreTrainedModel) -> PreTrainedModel:
-    """An mLSTM as initialised stores next to nothing: here the gates depend on the input and let it in."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("igate_preact.bias"):
-            parameter.zero_()
-        elif parameter.ndim == 2:
-            parameter.normal_(std=0.02)
-    return model
+    return peers.build(peer, **sizes, num_heads=NUM_HEADS, dtype=dtype, **fields)
 
 
 def random_tokens(batch_size: int, length: int) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(0))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @functools.cache
@@ -120,13 +53,13 @@ def assert_as_exact_as_in_tree(size: str) -> dict[str, dict[str, float]]:
     logits of a ragged prompt, logits of `generate`, and the gradient. No number is written before they compare.
 
     A random model now and then divides by a normalizer close to zero, which multiplies rounding errors by anything up
-    to 1e5, theirs and ours alike, so a bound can only be relative to theirs. In 19 draws our error of the gradient was
-    0.3 to 3.1 times theirs; a wrong term in it is another matter than a factor of ten.
+    to 1e5, in either implementation, so a bound can only be relative to the other's. In 19 draws hf_xlstm's error of
+    the gradient was 0.3 to 3.1 times that of Transformers; a wrong term in it is another matter than a factor of ten.
     """
-    theirs = build(IN_TREE, size, torch.float32)
-    ours = build(OURS, size, torch.float32)
-    ours.load_state_dict(theirs.state_dict())
-    exact = copy.deepcopy(ours).double()
+    foreign = build(IN_TREE, size, torch.float32)
+    native = build(HF_XLSTM, size, torch.float32)
+    native.load_state_dict(foreign.state_dict())
+    exact = copy.deepcopy(native).double()
     ids = random_tokens(2, 200)
 
     def outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -138,30 +71,17 @@ def assert_as_exact_as_in_tree(size: str) -> dict[str, dict[str, float]]:
         gradient = torch.cat([parameter.grad.flatten() for _, parameter in sorted(model.named_parameters())])
         return {"logits": logits, "generate": generated, "gradient": gradient}
 
-    expected, actual = outputs(exact), {OURS: outputs(ours), IN_TREE: outputs(theirs)}
+    expected, actual = outputs(exact), {HF_XLSTM: outputs(native), IN_TREE: outputs(foreign)}
     errors = {
         name: {peer: significant(relative_error(x[name], expected[name]), 2) for peer, x in actual.items()}
         for name in expected
     }
-    if not all(error[OURS] < 10 * error[IN_TREE] < 0.5 for error in errors.values()):
+    if not all(error[HF_XLSTM] < 10 * error[IN_TREE] < 0.5 for error in errors.values()):
         raise AssertionError(f"hf_xlstm is less exact than the xLSTM of Transformers at {size}: {errors}.")
     return errors
 
 
 # Measurements
-
-
-def timed(function: Callable[[], object], least_seconds: float = 0.02) -> Turn:
-    """Calls a function so often that one turn takes long enough to be timed, and returns the seconds per call."""
-
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return (time.perf_counter() - start) / calls
-
-    calls = 1 if seconds(1) > 1 else math.ceil(least_seconds / seconds(1))
-    return functools.partial(seconds, calls)
 
 
 def take_turns(turns: dict[str, Turn], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -172,10 +92,6 @@ def take_turns(turns: dict[str, Turn], rounds: int, seconds: float) -> dict[str,
             if sum(times[peer]) < seconds:
                 times[peer].append(turn())
     return times
-
-
-def significant(x: float, digits: int = 4) -> float:
-    return float(f"{x:.{digits}g}")
 
 
 def summarize(times: dict[str, list[float]], tokens: int, baselines: Iterable[str] = BASELINES) -> dict[str, dict]:
@@ -194,8 +110,16 @@ def summarize(times: dict[str, list[float]], tokens: int, baselines: Iterable[st
     }
 
 
-def compare(start: Start, peers: Iterable[str], tokens: int, args: argparse.Namespace, **options) -> dict[str, dict]:
-    """Speed of each peer at work that comes to `tokens` per turn. Where in-tree xLSTM cannot do it, its error."""
+def compare(
+    start: Start,
+    peers: Iterable[str],
+    tokens: int,
+    args: argparse.Namespace,
+    floor: dict[str, Turn] | None = None,
+    baselines: Iterable[str] = BASELINES,
+) -> dict[str, dict]:
+    """Speed of each peer at work that comes to `tokens` per turn. Where in-tree xLSTM cannot do it, its error. The
+    libraries of `floor` take their turns with the peers, and the fastest is an entry of its own."""
     turns, failed = {}, {}
     for peer in peers:
         try:
@@ -204,16 +128,49 @@ def compare(start: Start, peers: Iterable[str], tokens: int, args: argparse.Name
             if peer != IN_TREE:
                 raise
             failed[peer] = {"error": str(error).splitlines()[0]}
-    return summarize(take_turns(turns, args.rounds, args.seconds), tokens, **options) | failed
+    results = summarize(take_turns(turns | (floor or {}), args.rounds, args.seconds), tokens, baselines)
+    speeds = {library: results.pop(library) for library in floor or {}}
+    if speeds:
+        fastest = max(speeds, key=lambda library: speeds[library]["tokens_per_second"])
+        others = {library: result["tokens_per_second"] for library, result in speeds.items()}
+        results[LINEAR_FLOOR] = speeds[fastest] | {"library": fastest, "libraries": others}
+    return results | failed
 
 
-def products(size: str, dtype: torch.dtype, rows: int, head_rows: int) -> Turn:
-    """The floor: `F.linear` with every weight of the model, for that many tokens at once, and nothing else."""
-    model = build(OURS, size, dtype)
-    linears = [x for x in model.modules() if isinstance(x, nn.Linear)]
-    sizes = [(head_rows if x is model.lm_head else rows, x.in_features) for x in linears]
-    inputs = [(torch.randn(*shape, dtype=dtype), x.weight.detach()) for shape, x in zip(sizes, linears, strict=True)]
-    return timed(lambda: [F.linear(x, weight) for x, weight in inputs], least_seconds=0.1)
+def libraries(weight: torch.Tensor, rows: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Every way to a product with `weight` that PyTorch ships: its default, which is MKL for float32 on x86 and oneDNN
+    for bfloat16; oneDNN; and oneDNN with the weight laid out for it beforehand."""
+    functions = {"default": lambda x: F.linear(x, weight)}
+    if torch.backends.mkldnn.is_available():
+        prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        for name, operand in (("onednn", weight), ("onednn_prepacked", prepacked)):
+            functions[name] = functools.partial(_onednn, weight=operand)
+    return functions
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def linear_floor(size: str, dtype: torch.dtype, rows: int, head_rows: int) -> dict[str, Turn]:
+    """Lower bounds for the seconds of a step or a prompt: products of `rows` tokens with every weight, each read once,
+    in the model's order, and nothing else. Neighbours with inputs of one width are one product, so no model makes
+    fewer calls. One turn for each library; the floor is the fastest of them in the same process, since which it is
+    depends on the processor."""
+    model = build(HF_XLSTM, size, dtype)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    products: dict[str, list[Callable[[], torch.Tensor]]] = {}
+    for (width, is_head), neighbours in groupby(layers, lambda layer: (layer.in_features, layer is model.lm_head)):
+        weight = torch.cat([layer.weight.detach() for layer in neighbours])
+        x = torch.randn(head_rows if is_head else rows, width, dtype=dtype)
+        for name, function in libraries(weight, len(x)).items():
+            products.setdefault(name, []).append(functools.partial(function, x))
+    return {name: timed(functools.partial(_call_all, calls), least_seconds=0.1) for name, calls in products.items()}
+
+
+def _call_all(functions: list[Callable[[], torch.Tensor]]) -> None:
+    for function in functions:
+        function()
 
 
 @functools.cache
@@ -230,7 +187,7 @@ def peak_memory(start: Start, peer: str) -> dict[str, float]:
         return executor.submit(_peak_memory, start, peer).result()
 
 
-def _peak_memory(start: Start, peer: str) -> dict[str, float]:
+def _peak_memory(start: Start, peer: str) -> dict[str, float | str]:
     def resident(field: str) -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.split(f"{field}:")[1].split()[0]) / 1024
@@ -264,9 +221,9 @@ def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test: tiny models, one round, no file by default"
     )
-    parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/{name}-cpu.json")
+    parser.add_argument("--output", type=Path, help=f"default: results/{name}-cpu.json; another machine: another file")
     args = parser.parse_args()
-    selected = {row: measure for row, measure in rows(args.quick).items() if any(fnmatch(row, x) for x in args.only)}
+    selected = select(rows(args.quick), args.only)
     if not selected:
         parser.error(f"no row matches {' '.join(args.only)}; --list shows them")
     if args.list:
@@ -276,54 +233,33 @@ def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]
         args.rounds = 1
     output = args.output or (None if args.quick else RESULTS / f"{name}-cpu.json")
     for row, measure in selected.items():
-        result = measure(args) | provenance()
+        result = measure(args) | origin()
         print(f"{row}: {json.dumps(result)}", flush=True)
         if output:
             merge(output, row, result)
         gc.collect()
 
 
+def select(rows: dict[str, Measure], patterns: list[str]) -> dict[str, Measure]:
+    return {row: measure for row, measure in rows.items() if any(fnmatch(row, pattern) for pattern in patterns)}
+
+
 def merge(path: Path, row: str, result: dict) -> None:
     """Puts a row into the result file. A file holds the results of one machine and one set of versions."""
-    header = {"machine": machine(), "versions": versions()}
+    header = {"machine": provenance.machine(), "versions": provenance.versions("torch", "transformers")}
     results = json.loads(path.read_text()) if path.exists() else header | {"rows": {}}
     for key, value in header.items():
-        if results[key] != value:
-            raise SystemExit(f"{path.name} has the {key} {results[key]}, here it is {value}: start a new file.")
+        if results.get(key) != value:
+            message = f"{path.name} has the {key} {results.get(key)}, here it is {value}: start a new file (--output)."
+            raise SystemExit(message)
     results["rows"][row] = result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def machine() -> dict[str, str | int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-
-
-def versions() -> dict[str, str]:
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_xlstm": hf_xlstm.__version__}
-    return {"python": platform.python_version(), **packages}
-
-
-def provenance() -> dict[str, str | float]:
-    """Where a row comes from: code, command, day, and how fast memory was in that process."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", ROOT, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
-    return {
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else ""),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
+def origin() -> dict[str, str | float]:
+    """Where a row comes from: code, command, day, processor, and how fast memory was in that process."""
+    return provenance.origin() | {
+        "processor": provenance.processor(provenance.machine()),
         "copy_gigabytes_per_second": significant(copy_bandwidth(), 3),
     }

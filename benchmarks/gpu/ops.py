@@ -1,45 +1,36 @@
 """The ops on one GPU: correctness, then time and memory beside other kernels.
 
-    python benchmarks/gpu_ops.py --json results/gpu_ops.json [--cells slstm] [--variants]
-
-Forward and forward+backward in bf16, then decode steps inside a CUDA graph. Ours come first, each configuration
-checked against float64 before it is timed.
+Forward and forward+backward in bf16, then decode steps inside a CUDA graph. Those of hf_xlstm come first, each
+configuration checked against float64 before it is timed.
 
 mLSTM: sequences of S tokens, 65,536 in all. Baselines run where they are installed: mlstm-kernels (TFLA),
-flash-linear-attention (simple GLA), and the attention of torch. `--variants` measures what the launch plan could have
-chosen, instead of the baselines.
+flash-linear-attention (simple GLA), and the attention of torch. The variants are what the launch plan could have
+chosen.
 
-sLSTM: B sequences of T tokens, 4 heads of D. Baselines: our PyTorch path, and cuDNN's LSTM (torch.nn.LSTM) of equal
-width, in float16, which every cuDNN takes. The LSTM does more: its recurrent weights are one block instead of 4, and
-the products with its inputs, which the sLSTM gets as gates, are its own.
+sLSTM: B sequences of T tokens, 4 heads of D. Baselines: the PyTorch path of hf_xlstm, and cuDNN's LSTM (torch.nn.LSTM)
+of equal width, in float16, which every cuDNN takes. The LSTM does more: its recurrent weights are one block instead of
+4, and the products with its inputs, which the sLSTM gets as gates, are its own.
 """
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_common import (
-    DEVICE,
-    OURS,
-    Job,
-    argument_parser,
-    measure,
-    milliseconds,
-    milliseconds_cold_allocator,
-    peak_gigabytes,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu import harness
+from benchmarks.gpu.harness import Job, Jobs, milliseconds, milliseconds_cold_allocator, peak_gigabytes
+from benchmarks.peers import HF_XLSTM
+from benchmarks.provenance import relative_error
 from hf_xlstm.cells import triton_common
 from hf_xlstm.cells.mlstm import triton_launch as launch
+from hf_xlstm.cells.mlstm import triton_ops
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
-CELLS = ["mlstm", "slstm"]
 TOKENS = 65_536
 LENGTHS = [512, 2048, 8192, 65_536]
 SHAPES = [(8, 256, 512), (16, 128, 256)]  # heads, K, V
@@ -56,7 +47,7 @@ SLSTM_SHAPES = [  # B, T, D
 ]
 SLSTM_STEP_SHAPES = [(B, D) for D in (64, 128, 256, 512) for B in (1, 64)]
 SLSTM_LAYERS = 32  # with weights of their own: those of one layer would stay in the cache
-SLSTM_BACKENDS = {OURS: "triton", "pytorch": "torch"}
+SLSTM_BACKENDS = {HF_XLSTM: "triton", "pytorch": "torch"}
 SLSTM_BOUNDS = {"h": 1e-2, "gates": 3e-2, "recurrent_weight": 3e-2, "bias": 3e-2}
 
 # What the launch plan decides, decided otherwise: module, name, value.
@@ -72,21 +63,23 @@ VARIANTS = {
     "no spans": (launch, "MIN_SPANS", 10**9),
     "two spans or more": (launch, "MIN_SPANS", 2),
 }
+SHORT_LENGTHS = [16, 64]
+SHORT_VARIANTS = {  # the same of sequences so short that they may be read token by token
+    "as planned": (triton_ops, "MAX_RECURRENT", triton_ops.MAX_RECURRENT),
+    "recurrent up to 64 tokens": (triton_ops, "MAX_RECURRENT", 64),
+    "never recurrent": (triton_ops, "MAX_RECURRENT", 0),
+}
 
 Inputs = dict[str, torch.Tensor]
 
 
 def make_inputs(S: int, H: int, K: int, V: int) -> Inputs:
     """Gates as in a trained model: the forget gates mostly open, memories from a few to some thousand tokens long."""
-    B = TOKENS // S
-    inputs = {name: torch.randn(B, S, H, dim, dtype=torch.bfloat16) for name, dim in (("q", K), ("k", K), ("v", V))}
-    inputs["igate"] = torch.randn(B, S, H)
-    inputs["fgate"] = torch.randn(B, S, H) + torch.linspace(3, 6, H)
+    B, randn = TOKENS // S, functools.partial(torch.randn, device=harness.DEVICE)
+    inputs = {name: randn(B, S, H, dim, dtype=torch.bfloat16) for name, dim in (("q", K), ("k", K), ("v", V))}
+    inputs["igate"] = randn(B, S, H)
+    inputs["fgate"] = randn(B, S, H) + torch.linspace(3, 6, H, device=harness.DEVICE)
     return {name: x.requires_grad_() for name, x in inputs.items()}
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def check(op: Callable, inputs: Inputs, oracle: str, parts: list[Callable], bounds: dict[str, float]) -> dict:
@@ -100,8 +93,8 @@ def check(op: Callable, inputs: Inputs, oracle: str, parts: list[Callable], boun
         leaves = {name: part(name, x.detach()).double().requires_grad_() for name, x in inputs.items()}
         expected_h = op(**leaves, backend=oracle)[0]
         expected = torch.autograd.grad(expected_h, list(leaves.values()), part("h", dh).double())
-        for name, theirs in zip(("h", *leaves), (expected_h, *expected), strict=True):
-            error = relative_error(part(name, actual[name].detach()), theirs.detach())
+        for name, exact in zip(("h", *leaves), (expected_h, *expected), strict=True):
+            error = relative_error(part(name, actual[name]), exact)
             errors[name] = max(errors[name], error)
     if not all(errors[name] <= bound for name, bound in bounds.items()):
         raise ValueError(f"wrong result, not timed: {errors}, allowed {bounds}")
@@ -115,7 +108,7 @@ def sequence_and_head(row: int, head: int, name: str, x: torch.Tensor) -> torch.
 # --- the contestants of the mLSTM: each gives a forward pass and its leaves
 
 
-def ours(inputs: Inputs):
+def native(inputs: Inputs):
     return lambda: mlstm(**inputs, backend="triton")[0], list(inputs.values())
 
 
@@ -145,7 +138,8 @@ def simple_gla(inputs: Inputs):
 def attention(backend: SDPBackend, inputs: Inputs):
     B, S = inputs["q"].shape[:2]
     H, D = ATTENTION_SHAPE
-    leaves = [torch.randn(B, H, S, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    options = {"dtype": torch.bfloat16, "device": harness.DEVICE, "requires_grad": True}
+    leaves = [torch.randn(B, H, S, D, **options) for _ in range(3)]
 
     def forward():
         with sdpa_kernel(backend):
@@ -161,37 +155,57 @@ ATTENTION: dict[str, Callable] = {  # does not depend on the shape
 }
 
 
-def jobs(cells: list[str], variants: bool) -> Iterator[Job]:
-    if "mlstm" in cells:
-        yield from sequence_jobs({OURS: ours})
-        for B in STEP_BATCHES:
-            yield {"op": "step", "kernel": OURS, "batch": B}, functools.partial(time_step, B, *SHAPES[0])
-    if variants:
-        for name in VARIANTS:
-            with mock.patch.object(*VARIANTS[name]):
-                for row, job in sequence_jobs({OURS: ours}):
-                    yield row | {"variant": name}, job
-        return
-    if "slstm" in cells:
-        yield from slstm_jobs([OURS])
-    if "mlstm" in cells:
-        yield from sequence_jobs(BASELINES, ATTENTION)
-    if "slstm" in cells:
-        yield from slstm_jobs(["pytorch", "cudnn_lstm"])
+def jobs() -> Jobs:
+    """hf_xlstm first, then what it is measured beside, whose kernels compile on the spot."""
+    yield Job({"op": "copy", "kernel": "torch"}, copy_bandwidth)
+    yield from sequence_jobs({HF_XLSTM: native})
+    for B in STEP_BATCHES:
+        name = {"op": "step", "kernel": HF_XLSTM, "B": B}
+        yield Job(name, functools.partial(time_step, B, *SHAPES[0]), ("smoke/mlstm/step/bfloat16",))
+    yield from slstm_jobs([HF_XLSTM])
+    yield from sequence_jobs(BASELINES, ATTENTION)
+    yield from slstm_jobs(["pytorch", "cudnn_lstm"])
 
 
-def sequence_jobs(contestants: dict[str, Callable], for_first_shape: dict[str, Callable] | None = None):
+def copy_bandwidth() -> dict[str, float]:
+    """Read and written, by a copy much larger than the caches: the speed limit of everything bound by memory."""
+    source = torch.ones(round(20 * L2_BYTES / 4), device=harness.DEVICE)
+    target = torch.empty_like(source)
+    return {"tb_per_s": 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e9}
+
+
+def variant_jobs() -> Jobs:
+    """What the launch plan decides, decided otherwise."""
+    for variants, lengths in ((VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)):
+        for variant, replacement in variants.items():
+            for job in sequence_jobs({HF_XLSTM: native}, lengths=lengths):
+                yield Job(
+                    job.name | {"variant": variant}, functools.partial(run_variant, job, *replacement), job.needs
+                )
+
+
+def run_variant(job: Job, module: object, name: str, value: object) -> dict:
+    with mock.patch.object(module, name, value):
+        return job.run()
+
+
+def sequence_jobs(
+    contestants: dict[str, Callable],
+    for_first_shape: dict[str, Callable] | None = None,
+    lengths: list[int] | None = None,
+) -> Jobs:
     for H, K, V in SHAPES:
-        for S in LENGTHS:
-            for name, make in (contestants | (for_first_shape or {} if SHAPES[0] == (H, K, V) else {})).items():
-                row = {"op": "sequence", "kernel": name, "H": H, "K": K, "V": V, "S": S}
-                yield row, functools.partial(sequence_row, make, S, H, K, V)
+        for S in lengths or LENGTHS:
+            for kernel, make in (contestants | (for_first_shape or {} if SHAPES[0] == (H, K, V) else {})).items():
+                name = {"op": "sequence", "kernel": kernel, "H": H, "K": K, "V": V, "S": S}
+                needs = ("smoke/mlstm/*ward/bfloat16",) if make is native else ()
+                yield Job(name, functools.partial(sequence_row, make, S, H, K, V), needs)
 
 
 def sequence_row(make: Callable, S: int, H: int, K: int, V: int) -> dict:
     inputs = make_inputs(S, H, K, V)
     row = {}
-    if make is ours:
+    if make is native:
         parts = [functools.partial(sequence_and_head, i, i) for i in (0, -1)]
         row["errors"] = check(mlstm, inputs, "torch", parts, BOUNDS)
     forward, leaves = make(inputs)
@@ -225,9 +239,10 @@ def time_step(B: int, H: int, K: int, V: int) -> dict:
     """One decode step of one layer, in place, as in a model: other layers' states push this one's out of the cache."""
     state_bytes = 4 * B * H * K * V
     layers = max(2, round(5 * L2_BYTES / state_bytes))
-    states = [tuple(map(torch.randn, ((B, H, K, V), (B, H, K), (B, H)))) for _ in range(layers)]
-    q, k, v = (torch.randn(B, H, dim, dtype=torch.bfloat16) for dim in (K, K, V))
-    inputs = (q, k, v, torch.randn(B, H), torch.randn(B, H) + 4)
+    randn = functools.partial(torch.randn, device=harness.DEVICE)
+    states = [tuple(map(randn, ((B, H, K, V), (B, H, K), (B, H)))) for _ in range(layers)]
+    q, k, v = (randn(B, H, dim, dtype=torch.bfloat16) for dim in (K, K, V))
+    inputs = (q, k, v, randn(B, H), randn(B, H) + 4)
 
     def double(tensors):
         return tuple(x.double() for x in tensors)
@@ -250,23 +265,27 @@ def time_step(B: int, H: int, K: int, V: int) -> dict:
 # --- sLSTM
 
 
-def slstm_jobs(kernels: list[str]) -> Iterator[Job]:
+def slstm_jobs(kernels: list[str]) -> Jobs:
     for B, T, D in SLSTM_SHAPES:
-        for name in kernels:
-            row = {"op": "slstm_sequence", "kernel": name, "B": B, "T": T, "D": D}
-            yield row, functools.partial(slstm_sequence, name, B, T, D)
+        for kernel in kernels:
+            name = {"op": "slstm_sequence", "kernel": kernel, "B": B, "T": T, "D": D}
+            needs = ("smoke/slstm/*ward/bfloat16",) if kernel == HF_XLSTM else ()
+            yield Job(name, functools.partial(slstm_sequence, kernel, B, T, D), needs)
     for B, D in SLSTM_STEP_SHAPES:
-        for name in kernels:
-            yield {"op": "slstm_step", "kernel": name, "B": B, "D": D}, functools.partial(time_slstm_step, name, B, D)
+        for kernel in kernels:
+            needs = ("smoke/slstm/step/bfloat16",) if kernel == HF_XLSTM else ()
+            name = {"op": "slstm_step", "kernel": kernel, "B": B, "D": D}
+            yield Job(name, functools.partial(time_slstm_step, kernel, B, D), needs)
 
 
 def make_slstm_inputs(B: int, T: int, D: int) -> Inputs:
     """The parameters as a new model has them where R is not zero."""
     H = SLSTM_HEADS
-    weight = torch.empty(4, H, D, D).uniform_(-1, 1) / (H * D) ** 0.5
-    bias = torch.zeros(4, H, D)
+    gates = torch.randn(B, T, 4, H, D, device=harness.DEVICE)
+    weight = torch.empty(4, H, D, D, device=harness.DEVICE).uniform_(-1, 1) / (H * D) ** 0.5
+    bias = torch.zeros(4, H, D, device=harness.DEVICE)
     bias[1] = torch.linspace(5, -7, D)
-    inputs = {"gates": torch.randn(B, T, 4, H, D), "recurrent_weight": weight, "bias": bias}
+    inputs = {"gates": gates, "recurrent_weight": weight, "bias": bias}
     return {name: x.bfloat16().requires_grad_() for name, x in inputs.items()}
 
 
@@ -274,7 +293,7 @@ def slstm_sequence(kernel: str, B: int, T: int, D: int) -> dict:
     if kernel == "cudnn_lstm":
         return time_sequence(*cudnn_lstm(B, T, SLSTM_HEADS * D))
     inputs, row = make_slstm_inputs(B, T, D), {}
-    if kernel == OURS:
+    if kernel == HF_XLSTM:
         parts = [functools.partial(slstm_head, i) for i in (0, -1)]
         row["errors"] = check(slstm, inputs, "reference", parts, SLSTM_BOUNDS)
     return row | time_sequence(lambda: slstm(**inputs, backend=SLSTM_BACKENDS[kernel])[0], list(inputs.values()))
@@ -287,8 +306,9 @@ def slstm_head(head: int, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def cudnn_lstm(B: int, T: int, width: int):
-    lstm = torch.nn.LSTM(width, width, dtype=torch.float16)
-    x = torch.randn(T, B, width, dtype=torch.float16, requires_grad=True)
+    half = {"dtype": torch.float16, "device": harness.DEVICE}
+    lstm = torch.nn.LSTM(width, width, **half)
+    x = torch.randn(T, B, width, requires_grad=True, **half)
 
     def forward():
         lstm.train(torch.is_grad_enabled())  # else it keeps what a backward pass would need
@@ -305,7 +325,7 @@ def time_slstm_step(kernel: str, B: int, D: int) -> dict:
 
 
 def slstm_steps(backend: str, B: int, D: int) -> tuple[Callable[[], None], dict]:
-    states = [tuple(torch.zeros(4, B, SLSTM_HEADS, D)) for _ in range(SLSTM_LAYERS)]
+    states = [tuple(torch.zeros(4, B, SLSTM_HEADS, D, device=harness.DEVICE)) for _ in range(SLSTM_LAYERS)]
     inputs = [[x.detach() for x in make_slstm_inputs(1, B, D).values()] for _ in range(SLSTM_LAYERS)]
     inputs = [(gates[0], *parameters) for gates, *parameters in inputs]
 
@@ -324,9 +344,9 @@ def slstm_steps(backend: str, B: int, D: int) -> tuple[Callable[[], None], dict]
 
 
 def cudnn_lstm_steps(B: int, D: int) -> tuple[Callable[[], None], dict]:
-    width = SLSTM_HEADS * D
-    layers = [torch.nn.LSTM(width, width, dtype=torch.float16).eval() for _ in range(SLSTM_LAYERS)]
-    x, h, c = torch.randn(3, 1, B, width, dtype=torch.float16)
+    width, half = SLSTM_HEADS * D, {"dtype": torch.float16, "device": harness.DEVICE}
+    layers = [torch.nn.LSTM(width, width, **half).eval() for _ in range(SLSTM_LAYERS)]
+    x, h, c = torch.randn(3, 1, B, width, **half)
 
     def steps():
         with torch.no_grad():
@@ -334,17 +354,3 @@ def cudnn_lstm_steps(B: int, D: int) -> tuple[Callable[[], None], dict]:
                 layer(x, (h, c))
 
     return steps, {}
-
-
-def main() -> int:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--variants", action="store_true", help="what the launch plan could have chosen")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
-    args = parser.parse_args()
-    torch.set_default_device(DEVICE)
-    torch.manual_seed(0)
-    return measure(jobs(args.cells, args.variants), args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

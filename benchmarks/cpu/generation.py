@@ -9,32 +9,38 @@ memory     what reading a prompt adds to the resident set of a process
 """
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
-from common import (
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import (
     DTYPES,
-    IN_TREE,
-    OURS,
     Measure,
     Turn,
     assert_as_exact_as_in_tree,
     build,
     compare,
+    linear_floor,
     main,
     peak_memory,
-    products,
     random_tokens,
     summarize,
     take_turns,
 )
-from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from benchmarks.peers import HF_XLSTM, IN_TREE, cache_argument, cache_of
+from benchmarks.provenance import seconds
 
 
 PROMPT_LENGTH, NEW_TOKENS = 64, 32
-FLOOR, COMPILED = "products", "+compile"
+COMPILED = "+compile"
 
 
 class Decoder:
@@ -42,10 +48,10 @@ class Decoder:
 
     def __init__(self, peer: str, model: PreTrainedModel, prompt: torch.Tensor):
         self.model = model
-        self.argument = "cache_params" if peer in (IN_TREE, "mamba2") else "past_key_values"
+        self.argument = cache_argument(peer)
         # two tokens, so that `generate` has prepared whatever it prepares for decoding
         outputs = model.generate(prompt, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-        self.cache = outputs.past_key_values
+        self.cache = cache_of(outputs)
         self.token = outputs.sequences[:, -1:]
 
     @torch.no_grad()
@@ -54,10 +60,7 @@ class Decoder:
         self.token = outputs.logits[:, -1:].argmax(-1)
 
     def decode(self, tokens: int = NEW_TOKENS) -> float:
-        start = time.perf_counter()
-        for _ in range(tokens):
-            self.read(self.token)
-        return time.perf_counter() - start
+        return tokens * seconds(lambda: self.read(self.token), tokens)
 
     @property
     def cache_bytes(self) -> int:
@@ -82,9 +85,6 @@ class Clock(BaseStreamer):
 
 
 def decode_turn(peer: str, size: str, dtype: str, batch_size: int) -> Turn:
-    if peer == FLOOR:
-        floor = products(size, DTYPES[dtype], batch_size, batch_size)
-        return lambda: floor() * NEW_TOKENS
     peer, _, compiled = peer.partition("+")
     decoder = Decoder(peer, build(peer, size, DTYPES[dtype]), random_tokens(batch_size, PROMPT_LENGTH))
     if compiled:
@@ -107,24 +107,21 @@ def generate_turn(peer: str, size: str, dtype: str, batch_size: int) -> Turn:
 
 def prefill_turn(peer: str, size: str, dtype: str, length: int) -> Turn:
     """With `logits_to_keep`, as in `generate`; the xLSTM of Transformers has no such thing and computes all logits."""
-    if peer == FLOOR:
-        return products(size, DTYPES[dtype], length, head_rows=1)
     model = build(peer, size, DTYPES[dtype])
 
-    @torch.no_grad()
-    def turn(ids: torch.Tensor) -> float:
-        start = time.perf_counter()
-        model(ids, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - start
-
+    ids = random_tokens(1, length)
     model.generate(random_tokens(1, 128), max_new_tokens=2, do_sample=False)  # prepares whatever it prepares
-    return partial(turn, random_tokens(1, length))
+    return partial(seconds, torch.no_grad()(lambda: model(ids, use_cache=True, logits_to_keep=1)))
 
 
 def decode(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(decode_turn, size=size, dtype=dtype, batch_size=batch_size)
-    return {"errors": errors, "peers": compare(start, [*args.peers, FLOOR], NEW_TOKENS * batch_size, args)}
+    floor = {
+        library: lambda step=step: NEW_TOKENS * step()
+        for library, step in linear_floor(size, DTYPES[dtype], batch_size, batch_size).items()
+    }
+    return {"errors": errors, "peers": compare(start, args.peers, NEW_TOKENS * batch_size, args, floor)}
 
 
 def generate(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -> dict:
@@ -136,20 +133,21 @@ def generate(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -
 def compiled(size: str, dtype: str, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(decode_turn, size=size, dtype=dtype, batch_size=1)
-    peers = [OURS, IN_TREE, OURS + COMPILED, IN_TREE + COMPILED]
+    peers = [HF_XLSTM, IN_TREE, HF_XLSTM + COMPILED, IN_TREE + COMPILED]
     return {"errors": errors, "peers": compare(start, peers, NEW_TOKENS, args)}
 
 
 def prefill(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(prefill_turn, size=size, dtype=dtype, length=length)
-    return {"errors": errors, "peers": compare(start, [*args.peers, FLOOR], length, args)}
+    floor = linear_floor(size, DTYPES[dtype], length, head_rows=1)
+    return {"errors": errors, "peers": compare(start, args.peers, length, args, floor)}
 
 
 def context(size: str, dtype: str, lengths: list[int], args: argparse.Namespace) -> dict:
     """The peers read on, a piece at a time, and decode where the context has each of the lengths."""
     errors = assert_as_exact_as_in_tree(size)
-    peers = [peer for peer in (OURS, IN_TREE, "llama") if peer in args.peers]
+    peers = [peer for peer in (HF_XLSTM, IN_TREE, "llama") if peer in args.peers]
     prompt = random_tokens(1, PROMPT_LENGTH)
     decoders = {peer: Decoder(peer, build(peer, size, DTYPES[dtype]), prompt) for peer in peers}
     contexts, seen = {}, PROMPT_LENGTH

@@ -1,26 +1,32 @@
-"""Other ways to run the sLSTM's loop over time on a CPU, forward only: ours, TorchScript, a compiled tile of steps.
+"""Other ways to run the sLSTM's loop over time on a CPU, forward: hf_xlstm's, TorchScript, a compiled tile of steps.
 
-Microseconds per step, medians in turns; every loop must agree with ours first. Writes results/slstm-loops-cpu.json.
+Microseconds per step, medians in turns; every loop must agree with that of hf_xlstm first.
 """
 
 import argparse
-import json
 import statistics
-import time
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, machine, provenance, relative_error, significant, versions
 
 from hf_xlstm.ops import slstm
 
 
-HEADS, HEAD_DIM, LENGTH, TILE, ROUNDS = 4, 192, 1024, 16, 9
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
+
+from benchmarks.cpu.harness import Measure, main, take_turns
+from benchmarks.peers import HF_XLSTM
+from benchmarks.provenance import relative_error, seconds, significant
+
+
+HEADS, HEAD_DIM, TILE = 4, 192, 16
 
 
 def steps(x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, c: torch.Tensor, m: torch.Tensor):
-    """x (T, B, 4, H, D) with bias, weight (H, D, 4 D); the equations of ops/slstm_torch.py."""
+    """x (T, B, 4, H, D) with bias, weight (H, D, 4 D); the equations of cells/slstm/eager.py."""
     outputs = []
     for t in range(x.shape[0]):
         recurrent = torch.bmm(h.transpose(0, 1), weight).unflatten(-1, (4, -1)).permute(1, 2, 0, 3)
@@ -34,9 +40,9 @@ def steps(x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, c: torch.Tenso
 
 
 @torch.no_grad()
-def measure(batch_size: int) -> dict[str, float]:
+def measure(batch_size: int, length: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
-    gates = torch.randn(batch_size, LENGTH, 4, HEADS, HEAD_DIM)
+    gates = torch.randn(batch_size, length, 4, HEADS, HEAD_DIM)
     recurrent_weight = torch.randn(4, HEADS, HEAD_DIM, HEAD_DIM) * HEAD_DIM**-0.5
     bias = torch.randn(4, HEADS, HEAD_DIM)
     weight = recurrent_weight.transpose(0, 1).flatten(1, 2).mT.contiguous()
@@ -51,34 +57,26 @@ def measure(batch_size: int) -> dict[str, float]:
         return torch.cat(outputs)
 
     loops = {
-        "ours": lambda: slstm(gates, recurrent_weight, bias)[0].transpose(0, 1),
+        HF_XLSTM: lambda: slstm(gates, recurrent_weight, bias)[0].transpose(0, 1),
         "torchscript": lambda: scripted(
             (gates + bias).transpose(0, 1).contiguous(), weight, zeros, zeros, zeros - 1e30
         )[0],
         "compiled_tile": run_tiles,
     }
-    expected, times = loops["ours"](), {name: [] for name in loops}
+    expected = loops[HF_XLSTM]()
     for name, loop in loops.items():
         for _ in range(3):  # TorchScript optimises in its second call
             if not relative_error(loop(), expected) < 1e-5:
                 raise AssertionError(f"{name} differs.")
-    for _ in range(ROUNDS):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            loop()
-            times[name].append(time.perf_counter() - start)
-    return {name: significant(1e6 * statistics.median(x) / LENGTH, 3) for name, x in times.items()}
+    times = take_turns({name: partial(seconds, loop) for name, loop in loops.items()}, args.rounds, args.seconds)
+    microseconds = {name: significant(1e6 * statistics.median(x) / length, 3) for name, x in times.items()}
+    return {"microseconds_per_step": microseconds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "slstm-loops-cpu.json")
-    args = parser.parse_args()
-    rows = {f"batch-{batch_size}": measure(batch_size) for batch_size in (1, 8)}
-    result = {"machine": machine(), "versions": versions(), "microseconds_per_step": rows} | provenance()
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(rows, indent=2))
+def rows(quick: bool) -> dict[str, Measure]:
+    batch_sizes, length = ([2], 2 * TILE) if quick else ([1, 8], 1024)
+    return {f"batch-{batch_size}": partial(measure, batch_size, length) for batch_size in batch_sizes}
 
 
 if __name__ == "__main__":
-    main()
+    main("slstm-loops", __doc__, rows)

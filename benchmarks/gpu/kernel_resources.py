@@ -1,6 +1,6 @@
 """Compile every kernel of both cells as it is launched, for GPUs that are not there, and check what it needs.
 
-    python benchmarks/kernel_resources.py [--quick | --architectures sm_90 gfx942 ...] [--cells slstm] [--json FILE]
+    python benchmarks/gpu/kernel_resources.py [--quick | --architectures sm_90 ...] [--cells slstm] [--json FILE]
 
 The launches are recorded: the launchers run on tensors without memory (device "meta"), so what is compiled is what a
 call would run. Fails (exit code 1) when a kernel spills registers, exceeds the shared memory of its GPU, depends on

@@ -1,0 +1,135 @@
+"""What a run of prove.py found, to be read: failures, targets, and a table of every step."""
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from benchmarks.gpu.steps import STEPS
+
+
+def outcome(row: dict) -> str:
+    """One line."""
+    if "skipped" in row:
+        return f"skipped, {row['skipped']}"
+    if "failed" in row:
+        where = [f"kernel {row['kernel']}"] if "kernel" in row else []
+        where += [f"at {row['at']}"] if "at" in row else []
+        return " ".join(["FAILED", *where, row["failed"].splitlines()[0] if row["failed"] else ""])
+    return ", ".join(numbers(row["result"]))
+
+
+def numbers(result: dict) -> Iterator[str]:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = max(value.values(), default=0.0)
+            name = f"largest of {name}"
+        yield f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {'–' if value is None else value}"
+
+
+class Target(NamedTuple):
+    """A bound for a field of all rows that match, or for its ratio to the same field of another row."""
+
+    title: str
+    rows: str
+    field: str
+    bound: float
+    unit: str
+    relative_to: Callable[[dict], str] | None = None
+    inverse: bool = False  # of a speed: the bound is its least
+
+    def value(self, rows: dict[str, dict]) -> float | None:
+        values = []
+        for id, row in rows.items():
+            if not fnmatchcase(id, self.rows) or (value := row.get("result", {}).get(self.field)) is None:
+                continue
+            if self.relative_to:
+                other = rows.get(self.relative_to(row["name"]), {}).get("result", {}).get(self.field)
+                if other is None:
+                    continue
+                value = other / value if self.inverse else value / other
+            values.append(value)
+        worst = min if self.inverse and not self.relative_to else max
+        return worst(values, default=None)
+
+    def line(self, rows: dict[str, dict]) -> str:
+        value = self.value(rows)
+        met = (
+            "–"
+            if value is None
+            else "yes"
+            if (value >= self.bound if self.at_least else value <= self.bound)
+            else "no"
+        )
+        measured = "–" if value is None else f"{value:.3g} {self.unit}"
+        return f"| {self.title} | {'>=' if self.at_least else '<='} {self.bound:g} {self.unit} | {measured} | {met} |"
+
+    @property
+    def at_least(self) -> bool:
+        return self.inverse and not self.relative_to
+
+
+MIXED = "hf_xlstm, one sLSTM block in eight"
+TARGETS = [
+    Target("mLSTM forward, 8 heads of 256/512, any length", "ops/sequence/hf_xlstm/H=8/*", "forward_ms", 2.5, "ms"),
+    Target("the same with backward", "ops/sequence/hf_xlstm/H=8/*", "training_ms", 9, "ms"),
+    Target("mLSTM forward, 16 heads of 128/256, any length", "ops/sequence/hf_xlstm/H=16/*", "forward_ms", 2.2, "ms"),
+    Target("the same with backward", "ops/sequence/hf_xlstm/H=16/*", "training_ms", 8, "ms"),
+    Target("mLSTM step, batch 1, in a graph", "ops/step/hf_xlstm/B=1", "us", 10, "us"),
+    Target(
+        "mLSTM step from batch 8, to a copy of its state",
+        "ops/step/hf_xlstm/B=*[!1]",
+        "tb_per_s",
+        2,
+        "times",
+        lambda name: "ops/copy/torch",
+        inverse=True,
+    ),
+    Target(
+        "7B decoding, batch 1, any context",
+        "generation/hf_xlstm/decode/batch=1/*/CUDA graph",
+        "tokens_per_s",
+        200,
+        "tokens/s",
+        inverse=True,
+    ),
+    Target(
+        "sLSTM forward and backward up to head dim 128, to cuDNN's LSTM",
+        "ops/slstm_sequence/hf_xlstm/*/D=[!25]*",
+        "training_ms",
+        1.5,
+        "times",
+        lambda name: f"ops/slstm_sequence/cudnn_lstm/B={name['B']}/T={name['T']}/D={name['D']}",
+    ),
+    Target(
+        "400M training step with one sLSTM block in eight, to none",
+        f"training/{MIXED}/step/400M/*",
+        "ms",
+        1.15,
+        "times",
+        lambda name: f"training/hf_xlstm/step/{name['size']}/S={name['S']}",
+    ),
+]
+
+
+def summary(source: str, environment: dict[str, str], rows: dict[str, dict]) -> str:
+    """Markdown: failures first, then the targets, then all rows."""
+    where = ", ".join(f"{name} {value}" for name, value in environment.items())
+    lines = ["# Kernels on a GPU", "", f"{where}, source of the kernels {source}.", ""]
+    lines += ["| step | rows | failed | skipped | kernels found | compiled |", "|---" + "|---:" * 5 + "|"]
+    for step in STEPS:
+        of_step = [row for row in rows.values() if row["step"] == step]
+        counts = [len(of_step), *(sum(kind in row for row in of_step) for kind in ("failed", "skipped"))]
+        counts += [sum(row.get("found", 0) for row in of_step), sum(len(row.get("compiled", ())) for row in of_step)]
+        lines.append("| " + " | ".join([step, *map(str, counts)]) + " |")
+    lines += ["", "## Failures", ""]
+    lines += [f"- `{id}`: {outcome(row)}" for id, row in rows.items() if "failed" in row] or ["None."]
+    lines += ["", "## Targets", "", "| | target | measured | met |", "|---|---:|---:|---|"]
+    lines += [target.line(rows) for target in TARGETS]
+    for step in STEPS:
+        shown = {id: row for id, row in rows.items() if row["step"] == step and "failed" not in row}
+        if step == "tests":
+            shown = {id: row for id, row in shown.items() if "skipped" in row}
+        if shown:
+            lines += ["", f"## {step}", "", "| row | |", "|---|---|"]
+            lines += [f"| {id.removeprefix(step + '/')} | {outcome(row)} |" for id, row in shown.items()]
+    return "\n".join(lines) + "\n"

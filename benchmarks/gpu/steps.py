@@ -1,0 +1,23 @@
+"""The steps of prove.py, from what must be known first to what is good to know."""
+
+import math
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """Limits in seconds: of the step, and of a row, compilation included."""
+
+    seconds: float
+    row_seconds: float
+
+
+STEPS = {
+    "prefill": Step(30, 30),  # kernels compiled beforehand
+    "smoke": Step(60, 40),
+    "tests": Step(150, 60),  # the kernels' own
+    "ops": Step(150, 45),  # at the shapes of the targets; then the baselines
+    "generation": Step(90, 60),
+    "training": Step(90, 60),
+    "variants": Step(math.inf, 45),  # of the launch plan, in what time is left
+}
+POISONED = 3  # exit code of a worker whose GPU context is beyond use
