@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers.bits_per_byte import bits_per_byte
 from helpers.corpus import num_bytes
 from helpers.errors import UserError, command, need, read_text
-from helpers.models import load_model, load_tokenizer
+from helpers.models import check_directory, load_model, load_tokenizer
 from helpers.report import results_table
 from hf_xlstm.files import write_text
 
@@ -99,6 +99,7 @@ def main() -> None:
         read_text(file)
     if args.tasks:
         need("lm_eval", "eval")
+    check_directory(args.model)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, device_map="auto").eval()
     results = evaluate_texts(model, tokenizer, args.texts, args.batch_size)
     if args.tasks:

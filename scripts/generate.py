@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from helpers.errors import UserError, command
-from helpers.models import load_model, load_tokenizer
+from helpers.models import check_directory, load_model, load_tokenizer
 from helpers.report import markdown_table
 from hf_xlstm.files import write_text
 
@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     set_seed(args.seed)
+    check_directory(args.model)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:

@@ -269,7 +269,7 @@ def write_results(
 def warn(metrics: dict) -> None:
     """Says what a disappointing result is due to, where that can be seen."""
     better = [name for name, bits in metrics["yardsticks"].items() if bits < metrics["bits_per_byte"]]
-    if "minutes" in metrics["arguments"] and metrics["steps"] < 100:
+    if metrics["arguments"]["minutes"] and metrics["steps"] < 100:
         print(
             f"warning: only {metrics['steps']} steps: the machine is busy or slow, or the time short. Give more "
             "--minutes, or a smaller model."

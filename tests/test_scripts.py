@@ -1,6 +1,8 @@
+import importlib
 import json
 import lzma
 import math
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from train import train_tokenizer
 
 from helpers.bits_per_byte import bits_per_byte
 from helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, state_of_the_union
+from helpers.errors import command
 from helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 
@@ -134,3 +137,104 @@ def test_train_and_generate(tmp_path):
     assert "| context, tokens | 10 | 1,000 |" in report.read_text(encoding="utf-8")
     short, long = output.split("state, kB |")[1].splitlines()[0].strip(" |").split(" | ")
     assert short == long
+
+
+@pytest.fixture
+def folder(tiny, tmp_path, monkeypatch) -> Path:
+    """The current directory: a model, and what people take for one, or for a text."""
+    model, tokenizer = tiny
+    for target in (tmp_path / "model", tmp_path / "damaged"):
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ok.txt").write_text(VERSE)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "model" / "metrics.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def end_of(script: str, *arguments: str, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit status and last line of the error output of a script."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command(module.main)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return end.value.code or 0, error.strip().splitlines()[-1] if error.strip() else ""
+
+
+ODD = {
+    "eval": [
+        (["nothing", "--texts", "ok.txt"], "--output is needed"),
+        (["nothing/here/at", "--texts", "ok.txt", "--output", "x.json"], "nothing/here/at does not exist"),
+        (["empty", "--texts", "ok.txt"], "empty has no model"),
+        (["damaged", "--texts", "ok.txt"], "damaged: cannot load the model"),
+        (["ok.txt", "--texts", "ok.txt", "--output", "x.json"], "ok.txt is a file"),
+        (["model", "--texts", "nothing.txt"], "nothing.txt: No such file"),
+        (["model", "--texts", "empty.txt"], "empty.txt is empty"),
+        (["model", "--texts", "latin.txt"], "latin.txt is not UTF-8"),
+        (["model", "--texts", "empty"], "empty: Is a directory"),
+        (["model", "--texts", "ok.txt", "--output", "no/such/file"], "no/such/file"),
+        (["model", "--texts", "ok.txt", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["model"], "nothing to evaluate"),
+    ],
+    "generate": [
+        (["/nothing"], "/nothing does not exist"),
+        (["empty"], "empty has no model"),
+        (["damaged"], "damaged: cannot load the model"),
+        (["model", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["model", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["model", "--contexts", "0"], "--contexts must be at least 1"),
+        (["model", "--report", "no/such/file"], "--report: no/such is no directory"),
+    ],
+    "push_to_hub": [
+        (["nothing", "me/x"], "nothing is not a directory"),
+        (["empty", "me/x", "--dry-run"], "empty has no model"),
+        (["model", "me/x", "--dry-run"], "metrics.json is not JSON"),
+    ],
+    "convert_checkpoint": [
+        (["nothing", "out"], "nothing"),
+        (["empty", "out"], "empty"),
+        (["model", "empty.txt"], "empty.txt exists"),
+        (["model", "out", "--max-shard-size", "0"], "--max-shard-size must be positive"),
+    ],
+    "claims": [(["--seeds", "0"], "--seeds must be at least 1")],
+    "serve": [([], "give a model to serve"), (["empty"], "")],
+}
+
+
+@pytest.mark.parametrize("script", ODD)
+def test_odd_input_is_named(script, folder, monkeypatch, capsys):
+    before = sorted(path.name for path in folder.rglob("*"))
+    for arguments, expected in ODD[script]:
+        status, message = end_of(script, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert status == 2 and expected in message, (arguments, message)
+    assert sorted(path.name for path in folder.rglob("*") if path.suffix != ".pyc") == before
+
+
+def test_what_is_not_a_number_is_not_written(folder, monkeypatch, capsys):
+    (folder / "model" / "evaluation.json").write_text("old")
+    monkeypatch.setattr("eval.bits_per_byte", lambda *args, **kwargs: math.nan)
+    status, message = end_of("eval", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 2 and "ok.txt bits_per_byte" in message
+    assert (folder / "model" / "evaluation.json").read_text() == "old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a forked process")
+def test_results_on_a_full_disk_leave_the_old_ones(folder, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    (folder / "model" / "evaluation.json").write_text("old")
+    monkeypatch.setattr("eval.bits_per_byte", lambda *args, **kwargs: 1.0)
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        status, _ = end_of("eval", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert (folder / "model" / "evaluation.json").read_text() == "old"
+    assert [path.name for path in (folder / "model").glob(".evaluation*")] == []

@@ -21,6 +21,8 @@ def command(main: Callable[[], int | None]) -> None:
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(lines)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def need(module: str, extra: str):

@@ -15,6 +15,7 @@ def load_model(name: str | Path, **kwargs) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    check_name(name)
     return _named(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name))
 
 
@@ -22,15 +23,21 @@ def read_config(path: Path) -> xLSTMConfig:
     return _named(path, "configuration", lambda: xLSTMConfig.from_json_file(path))
 
 
-def check_directory(name: str | Path) -> None:
-    """Raises UserError if a directory of that name has no model in it. Other names may be those of the Hub."""
+def check_name(name: str | Path) -> None:
+    """Raises UserError for what is neither a directory nor the form of a name on the Hub."""
     path = Path(name)
     if path.is_file():
-        raise UserError(f"{path} is a file, not the directory of a model")
+        raise UserError(f"{path} is a file, not a directory")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in ((), ("..",))):
+        raise UserError(f"{path} does not exist")
+
+
+def check_directory(name: str | Path) -> None:
+    """Raises UserError as `check_name`, and for a directory that has no model."""
+    check_name(name)
+    path = Path(name)
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", "config.yaml")):
         raise UserError(f"{path} has no model: neither config.json nor config.yaml")
-    if not path.exists() and (path.is_absolute() or len(path.parts) != 2):
-        raise UserError(f"{path} does not exist")
 
 
 def _named(name: str | Path, what: str, load):

@@ -52,7 +52,7 @@ def tokenise(
     All cores take part, by the tokenizer's own threads. Memory is bounded, whatever the size of the text.
 
     Args:
-        nbytes: about the size of the text, for the progress bar.
+        nbytes: about the size of the text, for the progress bar, and more than the tokens are going to need.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no fast version")
@@ -64,7 +64,7 @@ def tokenise(
     position = read = 0
     opening = True  # whether a document begins here
     with (
-        appearing(directory) as partial,
+        appearing(directory, nbytes or 0) as partial,
         tqdm(total=nbytes, desc="tokenising", unit="B", unit_scale=True, delay=1) as bar,
         (partial / "tokens.bin").open("wb") as tokens,
         (partial / "starts.bin").open("wb") as starts,
