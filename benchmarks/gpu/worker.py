@@ -128,7 +128,7 @@ def failure(error: Exception) -> dict[str, str]:
     row = {"failed": f"{type(error).__name__}: {error}"[:1000]}
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
-        if "hf_xlstm" in path.parts:
+        if path.is_relative_to(ROOT / "src" / "hf_xlstm"):
             row["at"] = f"{path.name}:{line}"
         launched = frame.f_locals.get("self")
         if hasattr(launched, "arg_names") and hasattr(launched, "fn"):
