@@ -67,6 +67,7 @@ def work(args: argparse.Namespace) -> int:
             test_kernels(order, args.dry_run, send)
             send(finished=step)
             continue
+        harness.Model.release()
         torch.manual_seed(0)
         for job in jobs[step]():
             id = f"{step}/{job.id}"
