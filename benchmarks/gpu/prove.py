@@ -85,6 +85,7 @@ class Ledger:
             self.write({"environment": self.environment, "values": values})
 
     def add(self, row: dict) -> None:
+        self.added.add(row["id"])
         where = {
             "source": self.source,
             "environment": self.environment,
