@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import plot, provenance, tables
+from benchmarks import provenance, tables
 from benchmarks.cpu import breakdown, generation, harness, ops, slstm_loops, speculative, training
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
@@ -164,6 +164,8 @@ def test_readme_has_the_committed_results(monkeypatch, tmp_path):
 
 def test_plot(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
     contexts = {length: {peer: {"tokens_per_second": 5, "cache_bytes": 9} for peer in plot.COLORS} for length in "48"}
     path = tmp_path / "results.json"
     path.write_text(results({"cpu": "AMD EPYC"}, {"context/512x12/float32": {"contexts": contexts}}))

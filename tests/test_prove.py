@@ -62,28 +62,31 @@ def test_every_step(tmp_path):
 @pytest.mark.slow
 def test_broken_kernels_and_the_run_after(tmp_path):
     """Each is a row of its own and stops only what depends on it; the next run goes on where this one stopped."""
+    mlstm, slstm = "1x20x1x16x32", "1x3x1x16"
     faults = {
-        "smoke/mlstm/forward/bfloat16": "fail",
-        "smoke/mlstm/step/bfloat16": "hang",
-        "smoke/slstm/forward/bfloat16": "crash",
-        "smoke/slstm/step/bfloat16": "wrong",
+        f"smoke/mlstm/forward/bfloat16/{mlstm}": "fail",
+        f"smoke/mlstm/step/bfloat16/{mlstm}": "hang",
+        f"smoke/slstm/forward/bfloat16/{slstm}": "crash",
+        f"smoke/slstm/step/bfloat16/{slstm}": "wrong",
     }
-    arguments = ["--steps", "smoke", "ops", "--only", "smoke/*/bfloat16", "ops/*step/hf_xlstm/*", "ops/copy/*"]
+    arguments = ["--steps", "smoke", "ops", "--only", "smoke/*/bfloat16/*", "ops/*step/hf_xlstm/*", "ops/copy/*"]
     broken = [flag for id, kind in faults.items() for flag in ("--fault", f"{id}={kind}")]
-    code, rows = rehearse(tmp_path, *arguments, *broken, "--row-seconds", "50")
+    code, rows = rehearse(tmp_path, *arguments, *broken, "--row-seconds", "60")
     assert code == 1
     assert {id for id, row in rows.items() if "failed" in row} == faults.keys()
     failed = [rows[id]["failed"] for id in faults]
-    assert "broken on purpose" in failed[0] and "kernel" in rows["smoke/mlstm/forward/bfloat16"]
-    assert rows["smoke/mlstm/forward/bfloat16"]["at"].startswith("triton_launch.py:")
-    assert failed[1].startswith("no result after 50 s")
+    broken_row = rows[f"smoke/mlstm/forward/bfloat16/{mlstm}"]
+    assert failed[0] == f"RuntimeError: {broken_row['kernel']} was broken on purpose"
+    assert broken_row["at"].startswith("triton_launch.py:") and broken_row["name"]["shape"] == mlstm
+    assert failed[1].startswith("no result after 60 s")
     assert failed[2] == "the process died: SIGSEGV"
     assert failed[3].startswith("ValueError: wrong result")
-    assert "result" in rows["smoke/mlstm/backward/bfloat16"] and "result" in rows["smoke/slstm/backward/bfloat16"]
-    assert "result" in rows["ops/copy/torch"]
-    steps = {"mlstm": "ops/step/hf_xlstm/B=1", "slstm": "ops/slstm_step/hf_xlstm/B=1/D=16"}
-    for cell, id in steps.items():
-        assert rows[id]["skipped"] == f"needs smoke/{cell}/step/bfloat16, which failed"
+    for id in (f"smoke/mlstm/backward/bfloat16/{mlstm}", f"smoke/slstm/backward/bfloat16/{slstm}", "ops/copy/torch"):
+        assert "result" in rows[id], id
+    assert rows["ops/step/hf_xlstm/B=1"]["skipped"] == f"needs smoke/mlstm/step/bfloat16/{mlstm}, which failed"
+    assert (
+        rows["ops/slstm_step/hf_xlstm/B=1/D=16"]["skipped"] == f"needs smoke/slstm/step/bfloat16/{slstm}, which failed"
+    )
     summary = (tmp_path / "summary.md").read_text()
     assert summary.index("smoke/mlstm/step/bfloat16") < summary.index("## Targets")
 

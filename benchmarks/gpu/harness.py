@@ -41,11 +41,8 @@ class Model:
         self.build, self.model, self.error = build, None, None
 
     def __call__(self) -> PreTrainedModel:
-        if Model.current not in (None, self):
-            Model.current.model = None
-            torch.compiler.reset()  # what is compiled keeps its model alive
-            gc.collect()
-            torch.cuda.empty_cache()
+        if Model.current is not self:
+            Model.release()
         Model.current = self
         if self.error is not None:
             raise RuntimeError(f"The model could not be built: {self.error}")
@@ -56,6 +53,16 @@ class Model:
                 self.error = str(error)
                 raise
         return self.model
+
+    @classmethod
+    def release(cls) -> None:
+        """Gives the memory of the current model back."""
+        if cls.current is not None:
+            cls.current.model = None
+            cls.current = None
+            torch.compiler.reset()  # what is compiled keeps its model alive
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def environment() -> dict[str, str]:

@@ -161,7 +161,7 @@ def jobs() -> Jobs:
     yield from sequence_jobs({HF_XLSTM: native})
     for B in STEP_BATCHES:
         name = {"op": "step", "kernel": HF_XLSTM, "B": B}
-        yield Job(name, functools.partial(time_step, B, *SHAPES[0]), ("smoke/mlstm/step/bfloat16",))
+        yield Job(name, functools.partial(time_step, B, *SHAPES[0]), ("smoke/mlstm/step/bfloat16/*",))
     yield from slstm_jobs([HF_XLSTM])
     yield from sequence_jobs(BASELINES, ATTENTION)
     yield from slstm_jobs(["pytorch", "cudnn_lstm"])
@@ -198,7 +198,7 @@ def sequence_jobs(
         for S in lengths or LENGTHS:
             for kernel, make in (contestants | (for_first_shape or {} if SHAPES[0] == (H, K, V) else {})).items():
                 name = {"op": "sequence", "kernel": kernel, "H": H, "K": K, "V": V, "S": S}
-                needs = ("smoke/mlstm/*ward/bfloat16",) if make is native else ()
+                needs = ("smoke/mlstm/*ward/bfloat16/*",) if make is native else ()
                 yield Job(name, functools.partial(sequence_row, make, S, H, K, V), needs)
 
 
@@ -269,11 +269,11 @@ def slstm_jobs(kernels: list[str]) -> Jobs:
     for B, T, D in SLSTM_SHAPES:
         for kernel in kernels:
             name = {"op": "slstm_sequence", "kernel": kernel, "B": B, "T": T, "D": D}
-            needs = ("smoke/slstm/*ward/bfloat16",) if kernel == HF_XLSTM else ()
+            needs = ("smoke/slstm/*ward/bfloat16/*",) if kernel == HF_XLSTM else ()
             yield Job(name, functools.partial(slstm_sequence, kernel, B, T, D), needs)
     for B, D in SLSTM_STEP_SHAPES:
         for kernel in kernels:
-            needs = ("smoke/slstm/step/bfloat16",) if kernel == HF_XLSTM else ()
+            needs = ("smoke/slstm/step/bfloat16/*",) if kernel == HF_XLSTM else ()
             name = {"op": "slstm_step", "kernel": kernel, "B": B, "D": D}
             yield Job(name, functools.partial(time_slstm_step, kernel, B, D), needs)
 

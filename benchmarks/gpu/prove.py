@@ -85,6 +85,7 @@ class Ledger:
             self.write({"environment": self.environment, "values": values})
 
     def add(self, row: dict) -> None:
+        self.added.add(row["id"])
         where = {
             "source": self.source,
             "environment": self.environment,
@@ -146,10 +147,10 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it is dead, and its messages end here
             print(json.dumps(order), file=self.process.stdin, flush=True)
 
-    def end(self) -> int | None:
-        """Ends it and all its children, however they hang. Returns the exit code that it had by itself."""
+    def end(self, patience: float = 0) -> int | None:
+        """Ends it and all its children, however they hang. Returns the exit code if it ends by itself in time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1 if self.messages.empty() else 0)
+            self.process.wait(patience)
         code = self.process.poll()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -175,9 +176,9 @@ class Supervisor:
                 self.drop()  # pytest leaves its marks on a process
         self.drop()
 
-    def drop(self) -> int | None:
+    def drop(self, patience: float = 0) -> int | None:
         worker, self.worker = self.worker, None
-        return worker.end() if worker else None
+        return worker.end(patience) if worker else None
 
     def attempt(self, step: str, deadline: float) -> bool:
         """Orders what is not known yet of a step. False if a new process should go on with it."""
@@ -205,7 +206,7 @@ class Supervisor:
                 self.drop()
                 return self.too_long(step, running, last)
             if message is None:
-                code = self.drop()
+                code = self.drop(patience=10)  # it has closed its channel, and may still be freeing memory
                 return self.died(step, running, code, progress)
             if "finished" in message:
                 if "failed" in self.ledger.current().get(step, {}) and step not in self.ledger.added:

@@ -53,15 +53,11 @@ class Target(NamedTuple):
 
     def line(self, rows: dict[str, dict]) -> str:
         value = self.value(rows)
-        met = (
-            "–"
-            if value is None
-            else "yes"
-            if (value >= self.bound if self.at_least else value <= self.bound)
-            else "no"
-        )
-        measured = "–" if value is None else f"{value:.3g} {self.unit}"
-        return f"| {self.title} | {'>=' if self.at_least else '<='} {self.bound:g} {self.unit} | {measured} | {met} |"
+        target = f"{'>=' if self.at_least else '<='} {self.bound:g} {self.unit}"
+        if value is None:
+            return f"| {self.title} | {target} | – | – |"
+        met = value >= self.bound if self.at_least else value <= self.bound
+        return f"| {self.title} | {target} | {value:.3g} {self.unit} | {'yes' if met else 'no'} |"
 
     @property
     def at_least(self) -> bool:

@@ -53,25 +53,11 @@ def double(tensors: Inputs) -> Inputs:
     return [x.detach().double() for x in tensors]
 
 
-def within(errors: dict[str, float], bounds: dict[str, float], default: str) -> dict:
-    """The errors, which are all within their bounds; or an error that says which are not."""
-    if wrong := {name: x for name, x in errors.items() if not x <= bounds.get(name, bounds[default])}:
+def within(errors: dict[str, float], bounds: dict[str, float]) -> dict:
+    """The errors, which are all within their bounds; or an exception that says which are not."""
+    if wrong := {name: error for name, error in errors.items() if not error <= bounds[name]}:
         raise ValueError(f"wrong result: {wrong}, allowed {bounds}")
     return {"errors": errors}
-
-
-def forward(op: Callable, make: Callable, shapes: list[tuple[int, ...]], dtype: str) -> dict:
-    """Outputs and final states, from an initial one."""
-    errors = {}
-    for shape in shapes:
-        inputs, state = make(shape, DTYPES[dtype])
-        with torch.no_grad():
-            h, final = op(*inputs, initial_state=tuple(state), output_final_state=True, backend="triton")
-            inputs, state = double(inputs), tuple(double(state))
-            expected_h, expected = op(*inputs, initial_state=state, output_final_state=True, backend="reference")
-        errors |= {f"h {shape}": relative_error(h, expected_h), f"state {shape}": state_error(final, expected)}
-    bounds = BOUNDS[dtype] | {f"h {shape}": BOUNDS[dtype]["h"] for shape in shapes}
-    return within(errors, bounds, "state")
 
 
 def state_error(actual: Inputs, expected: Inputs) -> float:
@@ -83,32 +69,33 @@ def state_error(actual: Inputs, expected: Inputs) -> float:
     return relative_error(c / n, expected_c / expected_n)
 
 
-def backward(op: Callable, make: Callable, shapes: list[tuple[int, ...]], dtype: str) -> dict:
+@torch.no_grad()
+def forward(op: Callable, inputs: Inputs, state: Inputs, bounds: dict[str, float]) -> dict:
+    """Output and final state, from an initial one."""
+    h, final = op(*inputs, initial_state=tuple(state), output_final_state=True, backend="triton")
+    inputs, state = double(inputs), tuple(double(state))
+    expected_h, expected = op(*inputs, initial_state=state, output_final_state=True, backend="reference")
+    return within({"h": relative_error(h, expected_h), "state": state_error(final, expected)}, bounds)
+
+
+def backward(op: Callable, inputs: Inputs, _: Inputs, bounds: dict[str, float]) -> dict:
     """Gradients of all inputs."""
-    errors = {}
-    for shape in shapes:
-        inputs, _ = make(shape, DTYPES[dtype])
-        gradients = []
-        for leaves, backend in ((inputs, "triton"), (double(inputs), "reference")):
-            leaves = [x.detach().requires_grad_() for x in leaves]
-            h = op(*leaves, backend=backend)[0]
-            dh = torch.linspace(-1, 1, h.numel(), device=h.device).sin().view_as(h).to(h.dtype)
-            gradients.append(torch.autograd.grad(h, leaves, dh))
-        for i, (actual, expected) in enumerate(zip(*gradients, strict=True)):
-            errors[f"input {i} {shape}"] = relative_error(actual, expected)
-    return within(errors, BOUNDS[dtype], "gradient")
+    gradients = []
+    for leaves, backend in ((inputs, "triton"), (double(inputs), "reference")):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        h = op(*leaves, backend=backend)[0]
+        dh = torch.linspace(-1, 1, h.numel(), device=h.device).sin().view_as(h).to(h.dtype)
+        gradients.append(torch.autograd.grad(h, leaves, dh))
+    errors = {f"gradient {i}": relative_error(*pair) for i, pair in enumerate(zip(*gradients, strict=True))}
+    return within(errors, dict.fromkeys(errors, bounds["gradient"]))
 
 
-def step(op: Callable, make: Callable, shapes: list[tuple[int, ...]], dtype: str) -> dict:
+def step(op: Callable, inputs: Inputs, state: Inputs, bounds: dict[str, float]) -> dict:
     """One token, its state updated in place."""
-    errors = {}
-    for shape in shapes:
-        inputs, state = make(shape, DTYPES[dtype])
-        token = [inputs[0][:, 0], *inputs[1:]] if op is slstm_step else [x[:, 0] for x in inputs]
-        expected_h, expected = op(*double(token), tuple(double(state)), backend="reference")
-        h, final = op(*token, tuple(state), inplace=True, backend="triton")
-        errors |= {f"h {shape}": relative_error(h, expected_h), f"state {shape}": state_error(final, expected)}
-    return within(errors, BOUNDS[dtype], "h")
+    token = [inputs[0][:, 0], *inputs[1:]] if op is slstm_step else [x[:, 0] for x in inputs]
+    expected_h, expected = op(*double(token), tuple(double(state)), backend="reference")
+    h, final = op(*token, tuple(state), inplace=True, backend="triton")
+    return within({"h": relative_error(h, expected_h), "state": state_error(final, expected)}, bounds)
 
 
 # A model of one block of either cell, in float32
@@ -125,7 +112,7 @@ def tokens(batch_size: int, length: int) -> torch.Tensor:
 
 
 def logits_within_bound(actual: torch.Tensor, expected: torch.Tensor) -> dict:
-    return within({"logits": relative_error(actual, expected)}, {"logits": MODEL_BOUND}, "logits")
+    return within({"logits": relative_error(actual, expected)}, {"logits": MODEL_BOUND})
 
 
 @torch.no_grad()
@@ -164,22 +151,24 @@ def training_step_as_torch() -> dict:
         model(backend).zero_grad()
         model(backend)(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model(backend).parameters()]))
-    return within({"gradient": relative_error(*gradients)}, {"gradient": 2 * MODEL_BOUND}, "gradient")
+    return within({"gradient": relative_error(*gradients)}, {"gradient": 2 * MODEL_BOUND})
+
+
+def check(op: Callable, test: Callable, make: Callable, shape: tuple[int, ...], dtype: str) -> dict:
+    return test(op, *make(shape, DTYPES[dtype]), BOUNDS[dtype])
 
 
 def jobs() -> Jobs:
-    ops = [
-        ("mlstm", forward, mlstm, mlstm_inputs, MLSTM_SHAPES),
-        ("mlstm", backward, mlstm, mlstm_inputs, MLSTM_SHAPES),
-        ("mlstm", step, mlstm_step, mlstm_inputs, MLSTM_SHAPES),
-        ("slstm", forward, slstm, slstm_inputs, SLSTM_SHAPES),
-        ("slstm", backward, slstm, slstm_inputs, SLSTM_SHAPES),
-        ("slstm", step, slstm_step, slstm_inputs, SLSTM_SHAPES),
+    cells = [
+        ("mlstm", mlstm_inputs, MLSTM_SHAPES, {forward: mlstm, backward: mlstm, step: mlstm_step}),
+        ("slstm", slstm_inputs, SLSTM_SHAPES, {forward: slstm, backward: slstm, step: slstm_step}),
     ]
     for dtype in DTYPES:
-        for cell, test, op, make, shapes in ops:
-            name = {"op": cell, "pass": test.__name__, "dtype": dtype}
-            yield Job(name, functools.partial(test, op, make, shapes, dtype))
-    needs = ("smoke/*/float32",)
+        for cell, make, shapes, tests in cells:
+            for test, op in tests.items():
+                for shape in shapes:
+                    name = {"op": cell, "pass": test.__name__, "dtype": dtype, "shape": "x".join(map(str, shape))}
+                    yield Job(name, functools.partial(check, op, test, make, shape, dtype))
+    needs = ("smoke/*/float32/*",)
     for test in (generate_as_stepwise, padded_as_alone, packed_as_separate, training_step_as_torch):
         yield Job({"op": "model", "test": test.__name__.replace("_", " ")}, test, needs)

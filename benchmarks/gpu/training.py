@@ -81,13 +81,13 @@ def train(model: PreTrainedModel, length: int) -> dict:
 
 def jobs() -> Jobs:
     """Of each size all models, so that the smaller one has its peers when time ends."""
-    needs = ("smoke/mlstm/*ward/bfloat16", "smoke/model/*", "training/hf_xlstm/check")
-    yield Job({"model": HF_XLSTM, "measure": "check"}, check, (*needs[:2], "smoke/slstm/*ward/bfloat16"))
+    needs = ("smoke/mlstm/*ward/bfloat16/*", "smoke/model/*", "training/hf_xlstm/check")
+    yield Job({"model": HF_XLSTM, "measure": "check"}, check, (*needs[:2], "smoke/slstm/*ward/bfloat16/*"))
     for size in SIZES:
         for name in MODELS:
             native = needs if name in (HF_XLSTM, MIXED) else ()
             if name == MIXED:
-                native += ("smoke/slstm/*ward/bfloat16",)
+                native += ("smoke/slstm/*ward/bfloat16/*",)
             model = Model(functools.partial(build, name, size))
             for length in LENGTHS:
                 row = {"model": name, "measure": "step", "size": size, "S": length}

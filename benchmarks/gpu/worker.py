@@ -67,6 +67,7 @@ def work(args: argparse.Namespace) -> int:
             test_kernels(order, args.dry_run, send)
             send(finished=step)
             continue
+        harness.Model.release()
         torch.manual_seed(0)
         for job in jobs[step]():
             id = f"{step}/{job.id}"
@@ -128,7 +129,7 @@ def failure(error: Exception) -> dict[str, str]:
     row = {"failed": f"{type(error).__name__}: {error}"[:1000]}
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = Path(frame.f_code.co_filename)
-        if "hf_xlstm" in path.parts:
+        if path.is_relative_to(ROOT / "src" / "hf_xlstm"):
             row["at"] = f"{path.name}:{line}"
         launched = frame.f_locals.get("self")
         if hasattr(launched, "arg_names") and hasattr(launched, "fn"):
