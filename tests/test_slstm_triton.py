@@ -289,7 +289,7 @@ def test_any_strides():
 
 def test_opcheck_step():
     inputs = (make_inputs()[0][:, 0], *make_inputs()[1:], *make_state())
-    torch.library.opcheck(torch.ops.hf_xlstm.slstm_step.default, tuple(x.contiguous() for x in inputs))
+    torch.library.opcheck(torch.ops.hf_xlstm.slstm_step.default, (*(x.contiguous() for x in inputs), None))
 
 
 def test_compiles():
