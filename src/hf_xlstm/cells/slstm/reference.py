@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from ..numerics import gate_dtype, log_forget_gate, stored
+from ..numerics import gate_dtype, log_forget_gate, stored, without_autocast
 
 
 SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # h, c, n, m, each (B, H, D)
@@ -49,7 +49,7 @@ def slstm_recurrent_step(
     The pre-activations are those of the input plus R h_{t-1} + b, where R mixes the units of a head.
     """
     gates, recurrent_weight, bias = (x.to(state[0].dtype) for x in (gates, recurrent_weight, bias))
-    with torch.autocast(gates.device.type, enabled=False):
+    with without_autocast(gates.device):
         recurrent = torch.einsum("ghoi,bhi->bgho", recurrent_weight, state[0])
     new_state = slstm_cell(gates + recurrent + bias, state)
     return new_state[0], new_state
