@@ -101,3 +101,27 @@ def check_state(state, shapes: dict[str, tuple[int, ...]], name: str, x: torch.T
         _check(f"{name} {part}", tensor, shape, x.device)
         if tensor.dtype != gate_dtype(x.dtype):
             raise ValueError(f"`{name} {part}` must have dtype {gate_dtype(x.dtype)}, got {tensor.dtype}.")
+
+
+def check_inplace(inplace: bool, initial_state: tuple | None) -> None:
+    if inplace and initial_state is None:
+        raise ValueError("`inplace` writes into the tensors of `initial_state`, which must be given.")
+
+
+def check_state_indices(
+    state_indices: torch.Tensor | None, batch: int, state: tuple, inplace: bool, x: torch.Tensor
+) -> int:
+    """Checks the slots of a step; returns the number of state rows. Their values are looked at on a CPU only."""
+    if state_indices is None:
+        return batch
+    if not inplace:
+        raise ValueError("`state_indices` names slots that are written to: it needs `inplace=True`.")
+    _check("state_indices", state_indices, (batch,), x.device)
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`state_indices` must have dtype torch.int32 or torch.int64, got {state_indices.dtype}.")
+    slots = state[0].shape[0] if isinstance(state, tuple) and state else 0
+    if state_indices.is_cpu and is_readable(state_indices):
+        used = [index for index in state_indices.tolist() if index >= 0]
+        if len(used) != len(set(used)) or any(index >= slots for index in used):
+            raise ValueError(f"`state_indices` must be different and less than {slots} slots, got {state_indices}.")
+    return slots

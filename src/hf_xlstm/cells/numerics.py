@@ -1,6 +1,8 @@
 """Numerics that both cells and the model share: the dtype of gates and states, and the forget gate in logarithms."""
 
 import contextlib
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -60,3 +62,27 @@ def stored(new_state: tuple[torch.Tensor, ...], state: tuple[torch.Tensor, ...],
     for old, new in zip(state, new_state, strict=True):
         old.copy_(new)
     return state
+
+
+def one_after_another(
+    run: Callable,
+    inputs: tuple[torch.Tensor, ...],
+    states: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Packed sequences by a cell that knows no packing: `run` on the part (1, T_i, ...) of each, from its own row of
+    the states. An empty sequence passes its state on. Returns h (1, T, ...) and the final states."""
+    outputs, final_states = [], []
+    for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        state = tuple(s[row : row + 1] for s in states)
+        if start < end:
+            h, state = run(
+                *(x[:, start:end] for x in inputs),
+                initial_state=state,
+                output_final_state=True,
+                mask=None if mask is None else mask[:, start:end],
+            )
+            outputs.append(h)
+        final_states.append(state)
+    return torch.cat(outputs, dim=1), tuple(torch.cat(s) for s in zip(*final_states, strict=True))

@@ -21,7 +21,7 @@ def step_in_slots(
     # does, and writes the same into the same slot.
     real = state_indices >= 0
     row = torch.where(real, torch.arange(real.shape[0], device=real.device), real.int().argmax())
-    slots = state_indices.index_select(0, row).clamp_min(0)
+    slots = state_indices.long().index_select(0, row).clamp_min(0)
     old = tuple(x.index_select(0, slots) for x in pools)
     h, new = step(*(x.index_select(0, row) for x in inputs), old)
     for pool, x, y in zip(pools, new, old, strict=True):

@@ -113,9 +113,9 @@ def _finite(m: torch.Tensor) -> torch.Tensor:
     return m.clamp_min(torch.finfo(m.dtype).min / 4)
 
 
-def _to_chunks(x: torch.Tensor, num_chunks: int) -> torch.Tensor:
+def _to_chunks(x: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """(B, N L, H, ...) to (B, H, N, L, ...), a view."""
-    return x.unflatten(1, (num_chunks, x.shape[1] // num_chunks)).movedim(3, 1)
+    return x.unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
 
 def _from_chunks(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -148,9 +148,9 @@ class _Chunks(NamedTuple):
     n_before: torch.Tensor  # (B, H, N, K)
 
     @classmethod
-    def of(cls, q, k, v, log_f, igate, c0, n0, m0, order: ChunkOrder, scale: float, m=None) -> "_Chunks":
-        dtype, gates, num_chunks = q.dtype, gate_dtype(q.dtype), order.chunk.shape[0]
-        q, k, v, log_f, igate = (_to_chunks(x, num_chunks) for x in (q, k, v, log_f, igate))
+    def of(cls, q, k, v, log_f, igate, c0, n0, m0, order, scale: float, chunk_size: int, m=None) -> "_Chunks":
+        dtype, gates = q.dtype, gate_dtype(q.dtype)
+        q, k, v, log_f, igate = (_to_chunks(x, chunk_size) for x in (q, k, v, log_f, igate))
         q, k, v = torch.mul(q.to(gates), scale).contiguous(), k.to(gates).contiguous(), v.contiguous()
         weights = Weights.of(log_f, igate, m0, order, m)
         k_into = k * weights.into_state[..., None]
@@ -230,9 +230,9 @@ class _Chunkwise(torch.autograd.Function):
     pass the normalizer s and the stabilizer m of each output, (B, H, N, L)."""
 
     @staticmethod
-    def forward(q, k, v, log_f, igate, c0, n0, m0, order, scale, eps):
+    def forward(q, k, v, log_f, igate, c0, n0, m0, order, scale, eps, chunk_size):
         with without_autocast(q.device):
-            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale)
+            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size)
             in_chunk, from_state, m = x.weights.in_chunk, x.weights.from_state, x.weights.m
             scores = (x.k @ x.q.mT).mul_(in_chunk)  # [L_j, L_t]
             s = scores.sum(-2).add_(from_state * (x.q @ x.n_before[..., None]).squeeze(-1))
@@ -247,7 +247,7 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.order, ctx.scale, ctx.eps = inputs
+        *tensors, ctx.order, ctx.scale, ctx.eps, ctx.chunk_size = inputs
         h, _, _, m_final, s, m = output
         ctx.save_for_backward(*tensors, h, s, m)
         ctx.mark_non_differentiable(m_final, s, m)
@@ -255,12 +255,12 @@ class _Chunkwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dc_final, dn_final, *_):
         inputs = (dh, dc_final, dn_final, *ctx.saved_tensors)
-        options = ctx.order, ctx.scale, ctx.eps
+        options = ctx.order, ctx.scale, ctx.eps, ctx.chunk_size
         if not torch.compiler.is_compiling() and any(map(is_legacy_batched, inputs[:3])):
             grads = _join_legacy_rows(_ChunkwiseGradient.apply, inputs, *options)
         else:
             grads = _ChunkwiseGradient.apply(*inputs, *options)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -278,9 +278,9 @@ class _ChunkwiseGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, m, order, scale, eps):
+    def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, m, order, scale, eps, chunk_size):
         with without_autocast(q.device):
-            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, m)
+            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size, m)
             bmm = lambda a, b: _bmm(a, b, q.dtype)  # noqa: E731
             in_chunk, from_state, into_state = (
                 x.weights.in_chunk,
@@ -288,7 +288,7 @@ class _ChunkwiseGradient(torch.autograd.Function):
                 x.weights.into_state[..., None],
             )
             floor = torch.exp(-m)
-            h, g = (_to_chunks(y, order.chunk.shape[0]).to(s.dtype) for y in (h, dh))
+            h, g = (_to_chunks(y, chunk_size).to(s.dtype) for y in (h, dh))
             g = g / torch.maximum(s.abs(), floor).add_(eps)[..., None]
             ds = torch.where(s.abs() > floor, -s.sign() * (h * g).sum(-1), 0)
 
@@ -385,7 +385,7 @@ def mlstm_chunkwise(
 
     # an exported graph holds plain operations only
     chunkwise = _Chunkwise.forward if exporting else _Chunkwise.apply
-    h, *final_state, _, _ = chunkwise(*inputs, *state, order, scale, eps)
+    h, *final_state, _, _ = chunkwise(*inputs, *state, order, scale, eps, chunk_size)
     h = _take(h, slots).to(v.dtype)
     if mask is not None:
         h = torch.where(mask[..., None, None], h, 0)

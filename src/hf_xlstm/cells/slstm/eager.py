@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..numerics import first_derivatives_only, without_autocast
+from ..numerics import first_derivatives_only, stored, without_autocast
+from ..slots import step_in_slots
 from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 
@@ -324,11 +325,18 @@ def slstm_step_torch(
     state: SLSTMState,
     *,
     inplace: bool = False,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SLSTMState]:
     """One step; shapes as in `hf_xlstm.ops.slstm_step`.
 
     The weight is used as it is stored, one product per gate and head: rearranging it would cost more than the product.
     """
+    if state_indices is not None:
+
+        def step(gates, state, inplace=False):
+            return slstm_step_torch(gates, recurrent_weight, bias, state, inplace=inplace)
+
+        return step_in_slots(step, (gates,), state, state_indices)
     B, _, H, D = gates.shape
     h, dtype = state[0], state[0].dtype
     h_per_gate = h.transpose(0, 1).expand(4, H, B, D).flatten(0, 1)
@@ -336,7 +344,4 @@ def slstm_step_torch(
         recurrent = torch.bmm(h_per_gate, recurrent_weight.to(dtype).flatten(0, 1).mT)
     x = recurrent.view(4, H, B, D).permute(2, 0, 1, 3) + gates.to(dtype) + bias.to(dtype)
     new_state = slstm_cell(x, state)
-    if inplace:
-        for old, new in zip(state, new_state, strict=True):
-            old.copy_(new)
-    return new_state[0].to(gates.dtype), state if inplace else new_state
+    return new_state[0].to(gates.dtype), stored(new_state, state, inplace)
