@@ -256,7 +256,9 @@ class _Chunkwise(torch.autograd.Function):
     def backward(ctx, dh, dc_final, dn_final, *_):
         inputs = (dh, dc_final, dn_final, *ctx.saved_tensors)
         options = ctx.order, ctx.scale, ctx.eps, ctx.chunk_size
-        if not torch.compiler.is_compiling() and any(map(is_legacy_batched, inputs[:3])):
+        if torch.compiler.is_compiling():  # there, PyTorch itself refuses second derivatives
+            grads = _ChunkwiseGradient.forward(*inputs, *options)
+        elif any(map(is_legacy_batched, inputs[:3])):
             grads = _join_legacy_rows(_ChunkwiseGradient.apply, inputs, *options)
         else:
             grads = _ChunkwiseGradient.apply(*inputs, *options)

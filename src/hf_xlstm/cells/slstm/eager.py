@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.scan import scan
 from torch.utils.flop_counter import register_flop_formula
 
 from ..numerics import first_derivatives_only, stored, without_autocast
@@ -314,8 +315,29 @@ def slstm_torch(
     """The sequence; shapes as in `hf_xlstm.ops.slstm`."""
     if initial_state is None:
         initial_state = zero_slstm_state(gates, gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    if torch.compiler.is_exporting():
+        h, final_state = _exported(gates, recurrent_weight, bias, initial_state, mask, cu_seqlens)
+        return h, final_state if output_final_state else None
     h, *final_state, _, _ = _SLSTM.apply(gates, recurrent_weight, bias, *initial_state, mask, cu_seqlens)
     return h, tuple(final_state) if output_final_state else None
+
+
+def _exported(gates, recurrent_weight, bias, state: SLSTMState, mask, cu_seqlens) -> tuple[torch.Tensor, SLSTMState]:
+    """The sequence as a loop that is part of the graph, `torch.scan`: what runs an exported graph knows no operator of
+    ours. The length may be any from 1 on if the example has more than one token."""
+    if cu_seqlens is not None:
+        raise NotImplementedError("`slstm` cannot be exported with `cu_seqlens`: export rows of a batch instead.")
+    keep = gates.new_ones(gates.shape[:2], dtype=torch.bool) if mask is None else mask
+    gates_and_keep = gates.transpose(0, 1), keep.transpose(0, 1)[..., None, None]
+
+    def step(state: SLSTMState, token: tuple[torch.Tensor, torch.Tensor]) -> tuple[SLSTMState, torch.Tensor]:
+        gates, keep = token
+        _, new = slstm_step_torch(gates, recurrent_weight, bias, state)
+        new = tuple(torch.where(keep, x, y).contiguous() for x, y in zip(new, state, strict=True))  # strides as before
+        return new, torch.where(keep, new[0], 0)
+
+    final_state, h = scan(step, tuple(x.contiguous() for x in state), gates_and_keep, dim=0)
+    return h.transpose(0, 1).to(gates.dtype), tuple(final_state)
 
 
 def slstm_step_torch(
