@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import xLSTMCache
-from .cells.numerics import gate_dtype
+from .cells.numerics import gate_dtype, is_readable
 from .configuration_xlstm import xLSTMConfig
 from .integration import (
     CACHE_NAME,
@@ -263,9 +263,7 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
             f"{tuple(attention_mask.shape)}."
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-    if torch.compiler.is_compiling() or mask.device.type == "meta":
-        return mask
-    return None if mask.all() else mask
+    return None if is_readable(mask) and mask.all() else mask
 
 
 def packed_bounds(
@@ -287,7 +285,7 @@ def packed_bounds(
         return cu_seq_lens_q
     if seq_idx is not None:
         return _bounds_of_numbers(seq_idx.expand(batch_size, -1))
-    if position_ids is not None and length > 1 and position_ids.device.type != "meta":
+    if position_ids is not None and length > 1 and not position_ids.is_meta:
         return _bounds_of_positions(position_ids.expand(batch_size, -1), mask)
     return None
 
