@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
@@ -130,6 +134,7 @@ def output_class(cls: type) -> type:
 
 ModelOutput = output_class(BaseModelOutputWithPast)
 CausalLMOutput = output_class(CausalLMOutputWithPast)
+SequenceClassifierOutput = output_class(SequenceClassifierOutputWithPast)
 
 
 def with_cache_name(function: Callable) -> Callable:

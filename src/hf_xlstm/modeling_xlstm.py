@@ -33,6 +33,7 @@ from .integration import (
     LoadingMixin,
     ModelOutput,
     RecurrentGenerationMixin,
+    SequenceClassifierOutput,
     one_cache,
     refuse_split_sequence,
     refuse_unknown,
@@ -439,10 +440,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
 
 
 class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreTrainedModel):
-    """An xLSTM with a linear classifier on the last token of each row that is not padding: logits (B, num_labels)."""
+    """An xLSTM with a linear classifier on the last token of each row that `attention_mask` does not call padding:
+    logits (B, num_labels)."""
 
     base_model_prefix = "backbone"
-    forward = with_cache_name(GenericForSequenceClassification.forward)
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -450,6 +451,50 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
         self.backbone = xLSTMModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: xLSTMCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            labels (B,) or (B, num_labels): classes, or numbers to regress on, as `config.problem_type` says.
+
+        The other arguments are those of `xLSTMModel`. Transformers' own classifiers take for padding what has the id
+        `pad_token_id`, which has a default here and may be the id of a word.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is None:
+            last = hidden_states[:, -1]
+        else:
+            mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device).bool()
+            token = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            index = torch.where(mask, token, 0).amax(dim=1)
+            last = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), index]
+        logits = self.score(last)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: outputs.cache}
+        )
 
 
 class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrainedModel):

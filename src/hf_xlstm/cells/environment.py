@@ -5,12 +5,12 @@ import os
 
 
 VARIABLES = {
-    "HF_XLSTM_BACKEND": "the implementation of the cells where a model says `auto`",
+    "HF_XLSTM_BACKEND": "triton, torch or reference: the implementation of the cells where a model says auto",
     "HF_XLSTM_SAVE_STATES": "1 keeps chunk states of the mLSTM's Triton kernels for the backward pass",
 }
 
 
-def backend() -> str | None:
+def backend_override() -> str | None:
     """What stands in for `backend="auto"`, or None."""
     return os.environ.get("HF_XLSTM_BACKEND") or None
 
