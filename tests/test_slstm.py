@@ -418,8 +418,12 @@ def test_opcheck(options, dtype):
     options = OPTIONS[options]
     B, rows = (1, 3) if "cu_seqlens" in options else (2, 2)
     inputs = [x.contiguous() for x in (*make_inputs(B=B, T=9, dtype=dtype), *make_state(rows, dtype=F32))]
-    args = [x.requires_grad_() for x in inputs[:-1]] + inputs[-1:]
-    opcheck(torch.ops.hf_xlstm.slstm_torch.default, (*args, options.get("mask"), options.get("cu_seqlens")))
+    packing = options.get("mask"), options.get("cu_seqlens")
+    forward, backward = torch.ops.hf_xlstm.slstm_torch.default, torch.ops.hf_xlstm.slstm_torch_backward.default
+    opcheck(forward, (*inputs, *packing))
+    _, weight, _, h0, _, n0, _ = inputs
+    h, *_, x, c = forward(*inputs, *packing)
+    opcheck(backward, (torch.randn_like(h), h0, h0, h0, weight, h0, n0, *packing, h, x, c))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import xLSTMCache
-from .cells.numerics import gate_dtype
+from .cells.numerics import gate_dtype, is_readable
 from .configuration_xlstm import xLSTMConfig
 from .formats.weights import Layout, weights_from_theirs
 from .layers import (
@@ -342,7 +342,7 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
             f"{tuple(attention_mask.shape)}."
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-    return None if not torch.compiler.is_compiling() and mask.all() else mask
+    return None if is_readable(mask) and mask.all() else mask
 
 
 def packed_bounds(
