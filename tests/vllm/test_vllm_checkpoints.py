@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import tiny_model
 from engine import (
-    BYTE_VOCAB_SIZE,
+    CHARACTERS,
     assert_same,
     complete,
     engine,
@@ -181,7 +181,7 @@ def test_requests_with_and_without_a_lora_adapter(tmp_path):
 
 def test_structured_output(tmp_path):
     """The grammar forbids tokens, and the text is the most probable one of those that are left."""
-    directory, model = saved_model(tmp_path, "mixed", vocab_size=BYTE_VOCAB_SIZE)
+    directory, model = saved_model(tmp_path, "mixed", vocab_size=len(CHARACTERS))
     tokenizer = saved_tokenizer(tmp_path)
     constraints = [
         StructuredOutputsParams(choice=["yes", "no"]),
