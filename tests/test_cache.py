@@ -67,7 +67,7 @@ def test_counts_tokens(model):
 
 
 def test_states_stay_where_they_are(model):
-    """In place, so that a CUDA graph may keep the addresses: through prefill, steps, reset."""
+    """States are written in place, so that a CUDA graph may keep the addresses: through prefill, steps, reset."""
     cache = read(model, tokens(2, 5))
     addresses = [x.data_ptr() for x in tensors(cache)]
     for ids in (tokens(2, 1), tokens(2, 1, seed=1), tokens(2, 9)):
