@@ -34,8 +34,8 @@ def tiny_config(**fields) -> xLSTMConfig:
 
 
 def tiny_model(cls=xLSTMForCausalLM, seed: int = 0, **fields):
-    """A small model in eval mode. At its initial values an mLSTM hardly stores anything: here the gates depend on the input and the
-    input gates are open, so that what a model remembers decides what it says."""
+    """A small model in eval mode. At its initial values an mLSTM hardly stores anything: here the gates depend on the
+    input and the input gates are open, so that what a model remembers decides what it says."""
     torch.manual_seed(seed)
     model = cls(tiny_config(**fields)).eval()
     with torch.no_grad():
