@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from hf_xlstm import linear, xLSTMForCausalLM, xLSTMModel
+from hf_xlstm.integration import with_unquantized_modules
 from hf_xlstm.linear import PackedWeightsMixin, is_plain, is_watched, joint_linear, recompute_linear
-from hf_xlstm.modeling_xlstm import with_unquantized_modules
 from hf_xlstm.pointwise import swiglu
 
 
