@@ -30,8 +30,9 @@ from .files import locked
 
 logger = logging.get_logger(__name__)
 
-# Entries of a configuration that change no number the model computes.
-NAMES_ONLY = ("_name_or_path", "architectures", "auto_map", "save_id", "transformers_version", "transformers_weights")
+# Entries of a configuration that say where a model comes from, or what its weights say themselves.
+NOT_COMPUTED_WITH = {"_name_or_path", "architectures", "auto_map", "dtype", "save_id", "torch_dtype"}
+NOT_COMPUTED_WITH |= {"transformers_version", "transformers_weights", "use_cache", "weight_mode"}
 
 
 class StateStore:
@@ -277,7 +278,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     Nothing is remembered from call to call, so that a change is noticed however it was made: by an optimizer, through
     `parameter.data`, in NumPy. A call takes as long as reading the weights once, about one step of decoding.
     """
-    config = {name: x for name, x in model.config.to_dict().items() if name not in NAMES_ONLY}
+    config = {name: x for name, x in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
     digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
