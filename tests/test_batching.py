@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from common import MIXED, STACKS, VOCAB_SIZE, assert_same_states, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_xlstm import xLSTMCache
@@ -19,7 +19,7 @@ from hf_xlstm.state_store import StateStore
 
 FAILED = 4  # RequestStatus.FAILED
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=12)
-POISON = VOCAB_SIZE - 1  # a model of `poisoned` fails where it reads this token
+POISON = VOCAB_SIZE - 1  # `poisoned` models fail where they read this token
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def alone(model, prompt: list[int], config=GREEDY, **parameters) -> list[int]:
     return model.generate(torch.tensor([prompt]), generation_config=config, **parameters)[0, len(prompt) :].tolist()
 
 
-@pytest.fixture
 def poisoned(model):
     def fail(module, args):
         if (args[0] == POISON).any():
             raise RuntimeError("poison")
 
-    hook = model.get_input_embeddings().register_forward_pre_hook(fail)
-    yield model
-    hook.remove()
+    with torch.no_grad():
+        model.lm_head.weight[POISON] = 0  # it does not write the token itself: no text of interest has such logits
+    model.get_input_embeddings().register_forward_pre_hook(fail)
+    return model
 
 
 def until_done(engine: BatchEngine, passes: int = 10_000) -> None:
@@ -74,11 +74,10 @@ def until_done(engine: BatchEngine, passes: int = 10_000) -> None:
 @pytest.mark.parametrize("with_store", [False, True], ids=["", "store"])
 @pytest.mark.parametrize("stack", STACKS)
 def test_texts_are_those_of_generate_under_any_interleaving(stack, with_store):
-    model = tiny_model(**STACKS[stack])
+    model = poisoned(tiny_model(**STACKS[stack]))
     prompts = random_prompts(10)
-    prompts += [prompt + [7, 8, 9] for prompt in prompts[:3]]  # one begins like another
+    prompts += [[*prompt, 7, 8, 9] for prompt in prompts[:3]]  # one begins like another
     replies = [alone(model, prompt) for prompt in prompts]
-    poison = model.get_input_embeddings().register_forward_pre_hook(raise_at_poison)
     for seed in range(3):
         rng, ended = random.Random(seed), {}
         store = StateStore(every=8) if with_store else None
@@ -118,12 +117,6 @@ def test_texts_are_those_of_generate_under_any_interleaving(stack, with_store):
         assert engine.rows.count == 0 and not engine.reading
         if with_store:
             store_is_right(model, store, ended.values())
-    poison.remove()
-
-
-def raise_at_poison(module, args):
-    if (args[0] == POISON).any():
-        raise RuntimeError("poison")
 
 
 def store_is_right(model, store: StateStore, requests) -> None:
@@ -134,14 +127,10 @@ def store_is_right(model, store: StateStore, requests) -> None:
         if cache.get_seq_length():
             expected = xLSTMCache(model.config)
             with torch.no_grad():
-                model(torch.tensor([request.tokens[: cache.get_seq_length()]]), cache=cache_is(expected))
+                model(torch.tensor([request.tokens[: cache.get_seq_length()]]), cache=expected)
             assert_same_states(cache, expected, tolerance=1e-4)
             checked += 1
     assert checked
-
-
-def cache_is(cache):
-    return cache
 
 
 def test_a_failing_step_fails_the_requests_in_it_only(model, monkeypatch):
@@ -217,12 +206,12 @@ def test_a_sampled_text_is_that_of_generate_with_the_same_seed(model):
 
 
 def test_stop_strings(model):
-    words = {"<unk>": 0} | {f"w{index}": index for index in range(1, VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<unk>")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (not letter.isascii(), letter))
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     (prompt,) = random_prompts(1)
-    strings = [f"w{alone(model, prompt)[4]}"]
+    strings = [tokenizer.decode(alone(model, prompt)[3:5])]
     ended = {}
     engine = BatchEngine(model, lambda request: ended.update({request.id: request}))
     engine.add(prepare(model, "0", prompt, GREEDY, stop_strings=strings, tokenizer=tokenizer))
@@ -262,7 +251,7 @@ def test_each_turn_reads_what_is_new(model):
     """Also where the template writes the end of a prompt in another way the next time."""
     end, begin, think = 5, 6, 7  # the end of a turn, the beginning of a reply, and what is taken out later
     config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=end)
-    store, ended, history = StateStore(every=100), {}, []
+    store, ended, history, known = StateStore(every=100), {}, [], 0
     for turn, said in enumerate(random_prompts(4, longest=30)):
         said = [token for token in said if token not in (end, begin, think)]
         border = len(history) + len(said) + 1
@@ -272,10 +261,9 @@ def test_each_turn_reads_what_is_new(model):
         until_done(engine)
         request = ended[str(turn)]
         assert request.new == alone(model, prompt, config)
-        known = len(prompt) - request.read_here
-        assert known == (0 if turn == 0 else last_border)  # noqa: F821
+        assert len(prompt) - request.read_here == known
         assert engine.tokens_read == len(prompt) - known + len(request.new) - 1
-        last_border = border
+        known = border
         history = [*history, *said, end, begin, *request.new]  # without `think`
 
 
@@ -331,17 +319,18 @@ def test_wrong_prompts_do_not_harm_the_others(model):
     assert [output.generated_tokens for output in outputs[4:]] == [alone(model, prompt) for prompt in prompts]
 
 
-def test_several_replies_to_a_prompt(poisoned):
-    config = GenerationConfig(do_sample=True, temperature=3.0, num_return_sequences=3, max_new_tokens=8)
+def test_several_replies_to_a_prompt():
+    model = poisoned(tiny_model(layer_types=MIXED))
+    config = GenerationConfig(do_sample=True, temperature=3.0, top_k=8, num_return_sequences=3, max_new_tokens=8)
     prompts = [*random_prompts(2), [1, POISON], []]
-    outputs = poisoned.generate_batch(prompts, config, ContinuousBatchingConfig(seed=1, max_requests_per_batch=2))
+    outputs = model.generate_batch(prompts, config, ContinuousBatchingConfig(seed=1, max_requests_per_batch=2))
     assert len(outputs) == 12
     assert [output.error is None for output in outputs.values()] == [True] * 6 + [False] * 6
     texts = [tuple(output.generated_tokens) for output in outputs.values()]
     assert len(set(texts[:3])) > 1 and all(len(text) == 8 for text in texts[:6])
     config.do_sample, config.top_k, config.temperature = False, None, None
-    same = list(poisoned.generate_batch(prompts[:2], config).values())
-    reply = [alone(poisoned, prompt, max_new_tokens=8) for prompt in prompts[:2]]
+    same = list(model.generate_batch(prompts[:2], config).values())
+    reply = [alone(model, prompt, max_new_tokens=8) for prompt in prompts[:2]]
     assert [output.generated_tokens for output in same] == [reply[0]] * 3 + [reply[1]] * 3
 
 
@@ -479,9 +468,8 @@ def test_a_copy_beside_a_checkpoint_says_what_is_missing():
 @pytest.mark.slow
 def test_soak():
     """2,000 requests from several threads, cancelled and wrong ones among them: each ends, and nothing is left."""
-    model = tiny_model(layer_types=MIXED, num_hidden_layers=2)
+    model = poisoned(tiny_model(layer_types=MIXED))
     model.state_store = StateStore(max_bytes=50_000, every=16)
-    poison = model.get_input_embeddings().register_forward_pre_hook(raise_at_poison)
     prompts = random_prompts(40, longest=60)
     replies = [alone(model, prompt) for prompt in prompts]
     manager = model.init_continuous_batching(GREEDY, ContinuousBatchingConfig(max_requests_per_batch=16))
@@ -521,7 +509,6 @@ def test_soak():
     for thread in threads:
         thread.join()
     manager.stop(timeout=60)
-    poison.remove()
     for id, output in ended.items():
         if expected[id] is None:
             assert output.status == FAILED

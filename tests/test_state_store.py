@@ -1,6 +1,7 @@
 """hf_xlstm.state_store: what was read once is found again, for the same text and the same weights only."""
 
 import copy
+import functools
 import os
 import signal
 import subprocess
@@ -52,9 +53,8 @@ def test_a_second_turn_reads_its_new_tokens_only(stack):
         expected = model.generate(ids, max_new_tokens=5, do_sample=False)
         cache = store.find(model, ids)
         known = cache.get_seq_length()
-        output, number = count_tokens(
-            model, lambda: model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
-        )  # noqa: B023
+        goes_on = functools.partial(model.generate, ids, cache=cache, max_new_tokens=5, do_sample=False)
+        output, number = count_tokens(model, goes_on)
         store.keep(model, output, cache)
         assert output.equal(expected)
         assert number == ids.shape[1] - known + 4  # the last token of the reply is not read
@@ -69,15 +69,9 @@ def test_the_longest_beginning_is_found_and_belongs_to_the_caller(model):
         store.keep(model, ids[:, :length], read(model, ids[:, :length]))
     other = ids.clone()
     other[0, 8] += 1 if other[0, 8] < 60 else -1
-    assert [
-        store.find(model, x).get_seq_length() for x in (ids, ids[:, :9], ids[:, :10], other, ids[0, :5].tolist())
-    ] == [
-        9,  # not 20: the last token has to be read again for its logits
-        4,
-        9,
-        4,
-        4,
-    ]
+    texts = (ids, ids[:, :9], ids[:, :10], other, ids[0, :5].tolist())
+    # 9 of all 20, since the last token has to be read again for its logits
+    assert [store.find(model, text).get_seq_length() for text in texts] == [9, 4, 9, 4, 4]
     assert store.find(model, ids[:, 1:]).get_seq_length() == 0
     first = store.find(model, ids)
     with torch.no_grad():

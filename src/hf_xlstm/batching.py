@@ -135,7 +135,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         if self._generation_thread is None:
             logger.warning("Manager not started.")
             return
-        if block and self._paused:
+        if block and self._pauses:
             raise RuntimeError("Cannot stop a manager that is paused: it would wait forever.")
         with self._changed:
             self._ending = "now" if hard_stop or self._ending == "now" else "flush"
