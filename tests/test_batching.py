@@ -1,16 +1,31 @@
 """hf_xlstm.batching: whatever joins, leaves, fails or is cancelled, every text is that of `generate` on its own."""
 
 import asyncio
+import contextlib
 import gc
+import json
 import random
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from common import MIXED, STACKS, VOCAB_SIZE, assert_same_states, tiny_model
+from test_serve import SERVE, model_directory, post  # noqa: F401  a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.batch_engine import BatchEngine, prepare
@@ -71,14 +86,13 @@ def until_done(engine: BatchEngine, passes: int = 10_000) -> None:
 # ---- the engine, pass by pass
 
 
-@pytest.mark.parametrize("with_store", [False, True], ids=["", "store"])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack, with_store", [("mixed", False), *((stack, True) for stack in STACKS)])
 def test_texts_are_those_of_generate_under_any_interleaving(stack, with_store):
     model = poisoned(tiny_model(**STACKS[stack]))
     prompts = random_prompts(10)
     prompts += [[*prompt, 7, 8, 9] for prompt in prompts[:3]]  # one begins like another
     replies = [alone(model, prompt) for prompt in prompts]
-    for seed in range(3):
+    for seed in range(2):
         rng, ended = random.Random(seed), {}
         store = StateStore(every=8) if with_store else None
         engine = BatchEngine(
@@ -328,7 +342,7 @@ def test_several_replies_to_a_prompt():
     assert [output.error is None for output in outputs.values()] == [True] * 6 + [False] * 6
     texts = [tuple(output.generated_tokens) for output in outputs.values()]
     assert len(set(texts[:3])) > 1 and all(len(text) == 8 for text in texts[:6])
-    config.do_sample, config.top_k, config.temperature = False, None, None
+    config.top_k = 1
     same = list(model.generate_batch(prompts[:2], config).values())
     reply = [alone(model, prompt, max_new_tokens=8) for prompt in prompts[:2]]
     assert [output.generated_tokens for output in same] == [reply[0]] * 3 + [reply[1]] * 3
@@ -463,6 +477,78 @@ def test_a_copy_beside_a_checkpoint_says_what_is_missing():
     assert not {"batching.py", "batch_engine.py", "state_store.py"} & modules.keys()
     hook = modules["integration.py"].split("def init_continuous_batching")[1]
     assert 'raise ImportError("this needs the hf-xlstm package")' in hook[:800]
+
+
+def test_an_id_stands_for_one_request(model, manager):
+    manager.add_request([1], "a", max_new_tokens=10**9)
+    with pytest.raises(ValueError, match="id a already"):
+        manager.add_request([1], "a")
+    manager.cancel_request("a")
+    assert manager.get_result("a", timeout=60).status == FAILED
+    assert manager.add_request([1], "a") == "a"
+    assert manager.get_result("a", timeout=60).generated_tokens == alone(model, [1])
+
+
+# ---- the server
+
+
+@contextlib.contextmanager
+def serving(directory, states):
+    for module in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module, reason=f"the server needs {module}")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--device", "cpu", "--continuous-batching", "--states", states]
+    process = subprocess.Popen([sys.executable, SERVE, directory, *options], stdout=subprocess.DEVNULL)
+    address = f"http://localhost:{port}"
+    try:
+        for _ in range(480):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, TimeoutError):
+                assert process.poll() is None
+                time.sleep(0.25)
+        yield f"{address}/v1/completions", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_server(model_directory, tmp_path):
+    """Clients side by side, each with its own settings; one leaves; the server is killed and goes on from its store."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_directory),
+        AutoTokenizer.from_pretrained(model_directory),
+    )
+    prompts = [" ".join(f"w{token}" for token in prompt) for prompt in random_prompts(6)]
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    texts = [tokenizer.decode(model.generate(x, max_new_tokens=20, do_sample=False)[0, x.shape[1] :]) for x in ids]
+    body = {"max_tokens": 20, "temperature": 0}
+    with serving(model_directory, tmp_path) as (address, process):
+
+        def ask(index: int) -> str:
+            settings = body | {"prompt": prompts[index], "temperature": 0 if index else 50.0}
+            with post(address, settings | {"stream": index % 2 == 1}) as reply:
+                if index % 2 == 0:
+                    return json.load(reply)["choices"][0]["text"]
+                lines = [line[6:] for line in reply.read().decode().splitlines() if line.startswith("data: {")]
+                return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+        with post(address, body | {"prompt": "w1", "max_tokens": 10**6, "stream": True}) as reply:
+            reply.readline()  # and leaves
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(ask, range(6)))
+        assert [a.strip() for a in answers[1:]] == texts[1:] and answers[0].strip() != texts[0]
+        process.kill()
+    with serving(model_directory, tmp_path) as (address, process):
+        assert len(list(tmp_path.iterdir())) > 6
+        with post(address, body | {"prompt": f"{prompts[1]} {texts[1]} w3"}) as reply:
+            answer = json.load(reply)["choices"][0]["text"]
+    second = torch.tensor([[*ids[1][0].tolist(), *tokenizer(texts[1]).input_ids, 3]])
+    assert answer.strip() == tokenizer.decode(model.generate(second, max_new_tokens=20)[0, second.shape[1] :])
 
 
 @pytest.mark.slow

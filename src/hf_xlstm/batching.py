@@ -78,7 +78,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         self.warmed_up = True  # there is nothing to warm up
         self._new: queue.Queue[Request] = queue.Queue(options.max_queue_size)
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._number, self._expected = 0, {}
+        self._number, self._expected, self._ids = 0, {}, set()  # of requests that have not ended
         self._outputs: deque[GenerationOutput] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed = threading.Condition()  # guards all of these and what follows
@@ -197,6 +197,9 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             record_timestamps: the time of each token is in the output.
             generation_config: in place of the manager's.
             parameters: of generation, such as `temperature`, and `tokenizer` for `stop_strings`.
+
+        Raises:
+            ValueError: a request with this id has not ended. What is wrong with a request itself is in its output.
         """
         if self.fatal_error is not None or self._ending is not None:
             reason = "has failed" if self.fatal_error is not None else "is ending"
@@ -206,6 +209,9 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             if request_id is None:
                 request_id = f"req_{self._number}"
                 self._number += 1
+            if request_id in self._ids:
+                raise ValueError(f"There is a request with the id {request_id} already.")
+            self._ids.add(request_id)
             expected, tokenizer = self._expected.pop(request_id, (None, None))
         config = generation_config or expected or self.generation_config
         given = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id, "tokenizer": tokenizer}
@@ -223,7 +229,11 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
                 text = f"{type(error).__name__}: {error}"
                 self._deliver(GenerationOutput(name, prompt, error=text, status=RequestStatus.FAILED))
             return request_id
-        self._new.put(request, timeout=10)
+        try:
+            self._new.put(request, timeout=10)
+        except queue.Full:
+            self._ids.discard(request_id)
+            raise
         with self._changed:
             self._changed.notify_all()
         if self._ending is not None and not self.is_running():  # it ended in this moment
@@ -257,6 +267,8 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
 
     def _deliver(self, output: GenerationOutput) -> None:
         with self._changed:
+            if output.is_finished():
+                self._ids.discard(output.request_id)
             entry = self._handlers.get(output.request_id)
             if entry is None:
                 self._outputs.append(output)
@@ -272,9 +284,15 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Has `callback` called in the running event loop with each output of a request, also those that came before,
-        until its last."""
+        until its last.
+
+        Raises:
+            ValueError: it has a handler.
+        """
         loop = asyncio.get_running_loop()
         with self._changed:
+            if request_id in self._handlers:
+                raise ValueError(f"There is a request with the id {request_id} already.")
             self._handlers[request_id] = callback, loop
             early = [output for output in self._outputs if output.request_id == request_id]
             if early:
