@@ -517,12 +517,10 @@ def serving(directory, states):
 
 
 @pytest.mark.slow
-def test_server(model_directory, tmp_path):
-    """Clients side by side, each with its own settings; one leaves; the server is killed and goes on from its store."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_directory),
-        AutoTokenizer.from_pretrained(model_directory),
-    )
+def test_server(model_directory, tmp_path):  # noqa: F811
+    """Clients side by side, each with its settings; one leaves; the server is killed and goes on from its store."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
     prompts = [" ".join(f"w{token}" for token in prompt) for prompt in random_prompts(6)]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     texts = [tokenizer.decode(model.generate(x, max_new_tokens=20, do_sample=False)[0, x.shape[1] :]) for x in ids]
