@@ -318,7 +318,7 @@ class BatchEngine:
             return
         for index, request in enumerate(requests):
             request.read += 1
-            if self._may_keep(request) and request.read % self.store.every == 0:
+            if self.store is not None and request.read % self.store.every == 0 and self._may_keep(request):
                 self._keep(request, self.rows.copy(index, request.read))
         self._continue(requests, logits)
 
@@ -459,7 +459,7 @@ class BatchEngine:
                 for layer, whole in zip(request.cache.layers, joint.layers):
                     _set(layer, {name: x[index : index + 1].clone() for name, x in whole.tensors().items()})
             request.cache.seen_tokens.fill_(request.read)
-            if self._may_keep(request) and request.read in request.borders:
+            if request.read in request.borders and self._may_keep(request):
                 self._keep(request, request.cache)
         complete = [index for index, request in enumerate(requests) if request.read == len(request.prompt)]
         done = [requests[index] for index in complete]
