@@ -4,7 +4,8 @@
 
 It listens on the loopback interface, serves this one model, and lets no request load another one or throw this one
 out. `/v1/completions` continues a text; `/v1/chat/completions` needs a tokenizer with a chat template. Options beside
-those below are those of `transformers serve`, such as --host, --device and --dtype.
+those below are those of `transformers serve`, such as --host, --device and --dtype. With --continuous-batching,
+requests are answered side by side, and the next turn of a conversation reads its new tokens only.
 """
 
 import argparse
@@ -26,8 +27,22 @@ def main() -> None:
         metavar="KEY",
         help="that requests must have (the variable HF_XLSTM_API_KEY, which others cannot see)",
     )
+    parser.add_argument(
+        "--states",
+        metavar="DIRECTORY",
+        help="with --continuous-batching, where states of conversations outlive the server (in memory only)",
+    )
+    parser.add_argument(
+        "--state-bytes",
+        type=int,
+        default=2**30,
+        metavar="N",
+        help="of states in memory, ten times that on disk (2^30)",
+    )
     parser.add_argument("--any-model", action="store_true", help="let requests load and unload any model")
     args, others = parser.parse_known_args()
+    if args.states is not None and "--continuous-batching" not in others:
+        parser.error("--states needs --continuous-batching")
     if (args.model is None) != args.any_model:
         parser.error("give a model to serve, or --any-model")
     for module in ("fastapi", "uvicorn", "openai"):
@@ -46,10 +61,15 @@ def main() -> None:
     from transformers.cli.serving import server
 
     import hf_xlstm
-    from helpers.serving import protect
+    from helpers.serving import batch, protect
 
     # the server looks for the model's class by its name in Transformers, where another one has that name
     transformers.xLSTMForCausalLM = hf_xlstm.xLSTMForCausalLM
+    if "--continuous-batching" in others:
+        try:
+            batch(args.states, args.state_bytes)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{args.states or '--state-bytes'}: {error}") from error
     build = server.build_server
     server.build_server = lambda *args_, **kwargs: protect(build(*args_, **kwargs), args.model, key)
     sys.argv[1:] = [*([args.model] if args.model else []), "--host", args.host, *others]

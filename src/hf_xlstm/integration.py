@@ -359,6 +359,22 @@ class LoadingMixin:
 class RecurrentGenerationMixin(GenerationMixin):
     """`generate` for a model whose cache is its recurrent state: always an `xLSTMCache`, continued where it stands."""
 
+    #: A `StateStore` that `generate_batch` and servers keep conversations in and continue them from; None is none.
+    state_store = None
+
+    def init_continuous_batching(
+        self, generation_config=None, continuous_batching_config=None, workload_hints=None
+    ) -> "RecurrentBatchingManager":  # noqa: F821
+        """As in Transformers, with rows of a cache in place of pages: what `generate_batch` and servers run on."""
+        from .batching import RecurrentBatchingManager
+
+        cached = getattr(self, "_cached_continuous_batching_manager", None)
+        if cached is not None:
+            return cached
+        if continuous_batching_config is None:
+            continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+        return RecurrentBatchingManager(self, generation_config, continuous_batching_config, workload_hints)
+
     def generate(self, *args, cache=None, past_key_values=None, cache_params=None, **kwargs):
         """`GenerationMixin.generate`, on every version with `cache` as the name of the state to continue from: an
         `xLSTMCache` that has read the beginning of the prompt. `past_key_values` and `cache_params`, its names before
