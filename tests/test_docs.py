@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from common import MIXED, tiny_model
-from train import train_tokenizer
 from transformers import set_seed
+
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]

@@ -7,6 +7,7 @@ import pytest
 import tomllib
 
 from hf_xlstm import env, versions
+from hf_xlstm_cli.env import parse
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +40,8 @@ def test_untested_version_warns_once(monkeypatch, version, warns, recwarn):
     versions.warn_if_untested.cache_clear()
 
 
-def test_check_passes_here(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["env", "--check"])
-    assert env.main() == 0
+def test_check_passes_here(capsys):
+    assert env.run(parse(["--check"], "env")) == 0
     out = capsys.readouterr().out
     assert out.count("\nok ") >= 14 and "FAILED" not in out
 
