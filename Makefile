@@ -31,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(STAMP)  ## train a small model on real text, reload it, generate (about five minutes on two cores)
-	$(BIN)/python scripts/train.py --output $(RUN) --minutes $(MINUTES) --overwrite
-	$(BIN)/python scripts/generate.py $(RUN) --contexts 100 20000 --report $(RUN)/report.md
+	$(BIN)/hf-xlstm train --output $(RUN) --minutes $(MINUTES) --overwrite
+	$(BIN)/hf-xlstm generate $(RUN) --contexts 100 20000 --report $(RUN)/report.md
 
 test: lint  ## lint and the quick tests
 	$(BIN)/pytest -n auto -m "not slow"

@@ -445,7 +445,7 @@ def test_push_of_what_train_did_not_write(text, trained, capsys):
         (trained / "metrics.json").write_text(text)
     with pytest.raises(SystemExit, match="2"):
         run_verb("share", [str(trained), REPOSITORY, "--dry-run"], "share")
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]  # below the bars of loading
     assert "metrics.json" in line and str(trained) in line
 
 

@@ -70,7 +70,7 @@ def test_text_file_is_cut_at_a_line_or_at_least_between_characters(tmp_path, tex
 
 
 def test_pieces_of_a_long_file_are_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.corpus.PIECE", 37)  # bytes, so that characters are cut
+    monkeypatch.setattr("hf_xlstm.commands.helpers.corpus.PIECE", 37)  # bytes, so that characters are cut
     text = "größer 大きい\n" * 50 + "x" * 200
     path = write(tmp_path / "a.txt", text)
     pieces = list(TextFile(path, 0, path.stat().st_size).pieces())
@@ -142,8 +142,8 @@ def tokenizer():
 
 
 def test_tokens_are_the_documents(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.tokens.BATCH_BYTES", 100)
-    monkeypatch.setattr("helpers.corpus.PIECE", 64)
+    monkeypatch.setattr("hf_xlstm.commands.helpers.tokens.BATCH_BYTES", 100)
+    monkeypatch.setattr("hf_xlstm.commands.helpers.corpus.PIECE", 64)
     path = write(tmp_path / "long.txt", VERSE * 5)
     documents = ["second 大きい", "", TextFile(path, 0, path.stat().st_size), VERSE]
     tokenise(documents, tokenizer, tmp_path / "tokens")
