@@ -4,7 +4,8 @@
 
 It listens on the loopback interface, serves this one model, and lets no request load another one or throw this one
 out. `/v1/completions` continues a text; `/v1/chat/completions` needs a tokenizer with a chat template. Options beside
-those below are those of `transformers serve`, such as --port, --device and --dtype.
+those below are those of `transformers serve`, such as --port, --device and --dtype. With --continuous-batching,
+requests are answered side by side, and the next turn of a conversation reads its new tokens only.
 """
 
 import argparse
