@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from common import MIXED, assert_same_states, relative_error, tiny_model, tokens
-from convert_checkpoint import main as convert_checkpoint_script
 from paper_reference import logits_and_states, parameter_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from hf_xlstm import conversion, files, xLSTMCache, xLSTMConfig, xLSTMForCausalL
 from hf_xlstm.conversion import convert_checkpoint, native_shapes
 from hf_xlstm.formats.configs import config_to_large
 from hf_xlstm.formats.weights import Layout, weights_from_foreign, weights_to_foreign
+from hf_xlstm_cli import run_verb
 
 
 # in the terms of the reference
@@ -347,12 +347,14 @@ def test_script(tmp_path, monkeypatch, capsys):
     ):
         arguments = ["convert_checkpoint.py", str(tmp_path / source), str(tmp_path / target), *options]
         monkeypatch.setattr("sys.argv", arguments)
-        convert_checkpoint_script()
+        with pytest.raises(SystemExit) as end:
+            run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
+        assert not end.value.code
         assert "equal to the source" in capsys.readouterr().out
     expected = as_cuda_backend(package_weights("mixed"), 4)
     assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
     with pytest.raises(SystemExit, match="2"):
-        convert_checkpoint_script()
+        run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
     assert capsys.readouterr().err.endswith("back exists.\n")
 
 
@@ -486,7 +488,7 @@ def pickled(x) -> bytes:
         ("config.json", b'{"model_type": "xlstm", "_xlstm_config": {}}'),
         ("model.safetensors", b""),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
 )
 def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypatch, capsys):
     source = write_package(tmp_path / "foreign", "mixed")
@@ -497,7 +499,7 @@ def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypat
     (source / name).write_bytes(contents)
     monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", str(source), str(tmp_path / "native")])
     with pytest.raises(SystemExit, match="2"):
-        convert_checkpoint_script()
+        run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
     (line,) = capsys.readouterr().err.splitlines()
     assert str(source / name) in line
     assert os.listdir(tmp_path) == ["foreign"]
