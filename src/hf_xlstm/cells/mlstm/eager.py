@@ -433,7 +433,14 @@ def mlstm_chunkwise(
         return h, None
     if cu_seqlens is None:
         return h, tuple(x.squeeze(2) for x in final_state)
-    return h, tuple(x.squeeze(0).transpose(0, 1) for x in final_state)
+    final_state = tuple(x.squeeze(0).transpose(0, 1) for x in final_state)
+    if initial_state is not None:  # an empty sequence passes its state on, to the last digit
+        unchanged = cu_seqlens.diff() == 0
+        final_state = tuple(
+            torch.where(unchanged.view(-1, *[1] * (old.ndim - 1)), old, new)
+            for old, new in zip(initial_state, final_state, strict=True)
+        )
+    return h, final_state
 
 
 def _prepare(q, k, v, igate, fgate, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -6,9 +6,10 @@ instead of the maximum. Then n = 1 throughout, c is a running average and m the 
     u_t = i_t - (log f_t + m_{t-1}),    m_t = logaddexp(log f_t + m_{t-1}, i_t)
     c_t = f' c_{t-1} + i' tanh(z_t),    h_t = sigmoid(o_t) c_t                  i' = sigmoid(u_t), f' = sigmoid(-u_t)
 
-An empty state is m = -inf, no special case. m is float64 from step to step: next to an m of 1e5, float32 could not tell
-tokens apart that compete. A final state has the m of the gate dtype, and in n what that has rounded. A step takes half the operations of the reference, and the backward pass
-needs u, log f, tanh(z), sigmoid(o) and c, nothing else.
+An empty state is m = -inf, no special case. m is float64 from step to step: next to an m of 1e5, float32 could not
+tell tokens apart that compete. A final state has an m of the gate dtype, and in n what the rounding has left. A step
+takes half the operations of the reference, and the backward pass needs u, log f, tanh(z), sigmoid(o) and c, nothing
+else.
 
 The loop over time is plain Python: each step waits for its matrix product, which takes longer than calling the dozen
 operations around it. Traced by a compiler, the loop would be unrolled anew for every length, so forward and backward
@@ -266,8 +267,9 @@ class _SLSTMGradient(torch.autograd.Function):
     """The gradient operator, whose own gradient is refused."""
 
     @staticmethod
-    def forward(*inputs):
-        return _backward(*inputs)
+    def forward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c):
+        final = dh_final, dc_final, dn_final
+        return _backward(dh, *final, recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
