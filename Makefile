@@ -13,16 +13,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+# the packages of the extra `docs`: the site is made from the sources, without installing what they need
+DOCS_VENV ?= .venvs/docs
+DOCS := 'mkdocs>=1.6,<2' mkdocs-material 'mkdocstrings[python]'
 SOURCES := src scripts tests benchmarks
 # Transformers/torch of `make test-matrix`; src/hf_xlstm/versions.py states the range.
 MATRIX := 5.15.0/2.13.0 5.17.0/2.13.0 5.19.0/2.13.0 5.23.0/2.13.0 5.24.0/2.13.0 5.17.0/2.11.0 5.24.0/2.14.1
 OLDEST := $(firstword $(MATRIX))
 
-.PHONY: help quickstart test test-oldest test-matrix test-newest test-all test-vllm lint format pins gpu clean
+.PHONY: help quickstart test test-oldest test-matrix test-newest test-all test-vllm lint format pins gpu docs release-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(STAMP)  ## train a small model on real text, reload it, generate (about five minutes on two cores)
-	$(BIN)/python scripts/train.py --output $(RUN) --minutes $(MINUTES) --overwrite
-	$(BIN)/python scripts/generate.py $(RUN) --contexts 100 20000 --report $(RUN)/report.md
+	$(BIN)/hf-xlstm train --output $(RUN) --minutes $(MINUTES) --overwrite
+	$(BIN)/hf-xlstm generate $(RUN) --contexts 100 20000 --report $(RUN)/report.md
 
 test: lint  ## lint and the quick tests
 	$(BIN)/pytest -n auto -m "not slow"
@@ -72,6 +75,17 @@ format: $(STAMP)  ## ruff: fix and format in place
 
 pins: $(STAMP)  ## write what is installed into constraints.txt, once the tests pass with it
 	tests/pins.sh $(BIN)/pip
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install $(DOCS)
+	touch $@
+
+docs: $(DOCS_VENV)/.installed  ## the site, into build/site; a broken link is an error
+	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+release-check:  ## build, check and try both distributions in a clean environment
+	tests/release_check.sh "$(TORCH)"
 
 clean:  ## remove the virtual environments, runs and caches
 	rm -rf $(VENV) .venvs $(VLLM_VENV) runs build dist .pytest_cache .ruff_cache

@@ -1,4 +1,5 @@
-"""Writes the tables of the CPU results into README.md, between the two comments that mark their place.
+"""Writes the CPU results between the two comments that mark their place: the tables into benchmarks/README.md, what
+they come to into README.md.
 
 One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json.
 """
@@ -34,6 +35,12 @@ LINES = [  # what it is, the file and the row it is in, and the quantity
     ("peak memory, prefill 8,192, MB", "generation", "memory/{size}/{dtype}/8192", MEMORY),
     ("peak memory, training 2,048, MB", "training", "memory/{size}/{dtype}/2048", MEMORY),
 ]
+# the lines of the front page, and how they are called there
+HEADLINE = {
+    "decode, batch 1": "decoding",
+    "prefill 2,048": "reading a prompt of 2,048 tokens",
+    "training 2,048": "training on sequences of 2,048 tokens",
+}
 
 
 def peers_of(row: dict | None) -> dict[str, dict]:
@@ -107,28 +114,57 @@ def results_text(folder: Path) -> str:
     for (machine, versions), results in by_processor(folder).items():
         text += [
             f"Tokens per second on a CPU: {machine}, {versions}. "
-            "The last columns are the speed, or memory, of hf_xlstm relative to another model. "
-            "[How it is measured](benchmarks/README.md).",
+            "The last columns are the speed, or memory, of hf_xlstm relative to another model.",
             "",
         ]
         for size, title in SIZES.items():
             if lines := table(results, size):
                 text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]
     if IMAGE.exists():
-        text += [f"![Time per token and cache against the context]({IMAGE.relative_to(ROOT).as_posix()})", ""]
+        text += [f"![Time per token and cache against the context](../{IMAGE.relative_to(ROOT).as_posix()})", ""]
     return "\n".join(text)
+
+
+def headline(folder: Path) -> str:
+    """A sentence for each processor: the range of the ratios to Transformers' xLSTM, over sizes and dtypes."""
+    text = []
+    for (machine, _), results in by_processor(folder).items():
+        parts = []
+        for label, file, name, quantity in LINES:
+            if label not in HEADLINE:
+                continue
+            rows = [
+                peers_of(results[file].get(name.format(size=size, dtype=dtype))) for size in SIZES for dtype in DTYPES
+            ]
+            ratios = [row[HF_XLSTM]["ratio"]["in_tree"] for row in rows if quantity in row.get("in_tree", {})]
+            if ratios:
+                fails = (
+                    " (in bfloat16 the other fails)" if any("error" in row.get("in_tree", {}) for row in rows) else ""
+                )
+                parts.append(f"{HEADLINE[label]} {min(ratios):.1f} to {max(ratios):.1f} times{fails}")
+        if parts:
+            text.append(f"On {machine}, relative to the xLSTM of Transformers: {', '.join(parts)} as fast.\n")
+    return "".join(text)
+
+
+def write(path: Path, text: str) -> None:
+    """Puts `text` into the marked place of a page."""
+    page = path.read_text(encoding="utf-8")
+    if not MARKED.search(page):
+        raise SystemExit(f"{path} has no place marked for results")
+    path.write_text(MARKED.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to write")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "benchmarks" / "README.md", help="the page of the tables"
+    )
+    parser.add_argument("--front", type=Path, default=ROOT / "README.md", help="the page of what they come to")
     args = parser.parse_args()
-    readme = args.readme.read_text(encoding="utf-8")
-    if not MARKED.search(readme):
-        parser.error(f"{args.readme.name} has no place marked for results")
-    text = MARKED.sub(lambda match: match[1] + results_text(args.results) + match[2], readme)
-    args.readme.write_text(text, encoding="utf-8")
+    write(args.readme, results_text(args.results))
+    write(args.front, headline(args.results))
 
 
 if __name__ == "__main__":

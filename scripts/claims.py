@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from helpers.claims import CLAIMS
-from helpers.errors import command
-from helpers.report import markdown_table
+from hf_xlstm.commands.helpers.report import markdown_table
 from hf_xlstm.files import write_text
+from hf_xlstm_cli.errors import command
 
 
 def write_report(results: dict, output: Path) -> None:

@@ -524,10 +524,10 @@ def test_server(model_directory, tmp_path):  # noqa: F811
     prompts = [" ".join(f"w{token}" for token in prompt) for prompt in random_prompts(6)]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
 
-    def reply(x: torch.Tensor) -> str:
+    def alone_text(x: torch.Tensor) -> str:
         return tokenizer.decode(model.generate(x, max_new_tokens=20)[0, x.shape[1] :], skip_special_tokens=True)
 
-    texts = [reply(x) for x in ids]
+    texts = [alone_text(x) for x in ids]
     body = {"max_tokens": 20, "temperature": 0}
     with serving(model_directory, tmp_path) as (address, process):
 
@@ -553,7 +553,7 @@ def test_server(model_directory, tmp_path):  # noqa: F811
         with post(address, body | {"prompt": f"{prompts[1]} {texts[1]} w3"}) as reply:
             answer = json.load(reply)["choices"][0]["text"]
     second = torch.tensor([[*ids[1][0].tolist(), *tokenizer(texts[1]).input_ids, 3]])
-    assert answer.strip() == reply(second)
+    assert answer.strip() == alone_text(second)
 
 
 @pytest.mark.slow

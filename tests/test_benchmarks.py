@@ -144,8 +144,14 @@ def test_tables(monkeypatch, tmp_path):
     (tmp_path / "generation-cpu-zen5.json").write_text(results(new, {row: speed(90, 30, **floor)}))
     (tmp_path / "training-cpu.json").write_text(results(old, {"training/768x8/float32/512": speed(50, 40)}))
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- results -->\n<!-- results:end -->\nb\n")
-    run(monkeypatch, tables, "--results", str(tmp_path), "--readme", str(readme))
+    front = tmp_path / "front.md"
+    for page in (readme, front):
+        page.write_text("a\n<!-- results -->\n<!-- results:end -->\nb\n")
+    run(monkeypatch, tables, "--results", str(tmp_path), "--readme", str(readme), "--front", str(front))
+    assert (
+        "AMD EPYC (AVX2), relative to the xLSTM of Transformers: decoding 2.0 to 2.0 times as fast."
+        in front.read_text()
+    )
     groups = readme.read_text().split("Tokens per second on a CPU: ")[1:]
     assert [group.split(" (AVX2)")[0] for group in groups] == [
         "2 threads of AMD EPYC, family 26 model 2",
@@ -156,11 +162,14 @@ def test_tables(monkeypatch, tmp_path):
     assert readme.read_text().startswith("a\n") and readme.read_text().endswith("b\n")
 
 
-def test_readme_has_the_committed_results(monkeypatch, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text((provenance.ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    run(monkeypatch, tables, "--readme", str(readme))
-    assert readme.read_text(encoding="utf-8") == (provenance.ROOT / "README.md").read_text(encoding="utf-8")
+def test_pages_have_the_committed_results(monkeypatch, tmp_path):
+    pages = {"--readme": provenance.ROOT / "benchmarks" / "README.md", "--front": provenance.ROOT / "README.md"}
+    copies = {option: tmp_path / option.strip("-") for option in pages}
+    for option, page in pages.items():
+        copies[option].write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    run(monkeypatch, tables, *(str(x) for pair in copies.items() for x in pair))
+    for option, page in pages.items():
+        assert copies[option].read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
 def test_plot(monkeypatch, tmp_path):

@@ -12,13 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from common import MIXED, tiny_model
-from train import train_tokenizer
 from transformers import set_seed
+
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    f"docs/{name}.md" for name in ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sharing")
+RUN = ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sharing", "xlstm-7b", "ops")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in RUN)]
+# not run: `serving` has a block for vLLM, which tests/vllm tries; the others have none
+READ = [
+    "CONTRIBUTING.md",
+    "RELEASE.md",
+    "SECURITY.md",
+    "benchmarks/README.md",
+    *(f"docs/{name}.md" for name in ("index", "api", "conformance", "kernels", "serving", "training")),
 ]
 TEXT = "My fellow Americans, tonight the state of our Union is strong. Mr. Speaker, Mr. Vice President, members:"
 
@@ -29,11 +37,14 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def quickstart(tmp_path, monkeypatch):
-    """A working directory with a small model where `make quickstart` leaves its own."""
+    """A working directory with small models: where `make quickstart` leaves its own, and one with the name of xLSTM-7b
+    on the Hub, which a directory of that name comes before."""
     tokenizer = train_tokenizer([TEXT], vocab_size=300)
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     tiny_model(vocab_size=len(tokenizer), layer_types=MIXED, **tokens).save_pretrained(tmp_path / "runs/quickstart")
     tokenizer.save_pretrained(tmp_path / "runs/quickstart")
+    tiny_model(vocab_size=len(tokenizer), **tokens).save_pretrained(tmp_path / "NX-AI/xLSTM-7b")
+    tokenizer.save_pretrained(tmp_path / "NX-AI/xLSTM-7b")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -43,7 +54,7 @@ def quickstart(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page, quickstart):
-    if page == "docs/finetuning.md":
+    if page in ("docs/finetuning.md", "docs/xlstm-7b.md"):
         pytest.importorskip("peft", reason="the page shows LoRA")
     namespace = {}
     for language, code in blocks(page):
@@ -67,7 +78,7 @@ def test_serving_without_vllm(quickstart):
     assert len(namespace["outputs"]) == 2 and not any(x.error for x in namespace["outputs"].values())
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/conformance.md", "docs/kernels.md", *PAGES])
+@pytest.mark.parametrize("page", [*PAGES, *READ])
 def test_links_and_blocks(page):
     """Blocks are valid Python; links within the repository point to something."""
     text = (ROOT / page).read_text(encoding="utf-8")

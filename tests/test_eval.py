@@ -1,4 +1,4 @@
-"""scripts/eval.py: bits per byte and tasks of the lm-evaluation-harness, against sums done by hand."""
+"""`hf-xlstm evaluate`: bits per byte and tasks of the lm-evaluation-harness, against sums done by hand."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from common import MIXED, tiny_model
-from train import train_tokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from helpers.bits_per_byte import bits_per_byte
-from helpers.report import results_table
+from hf_xlstm.commands.helpers.bits_per_byte import bits_per_byte
+from hf_xlstm.commands.helpers.report import results_table
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 EVAL = Path(__file__).parents[1] / "scripts" / "eval.py"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import push_to_hub
 import pytest
 import tokenizers
 import torch
@@ -21,7 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_xlstm
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.commands import share
 from hf_xlstm.hub import AUTO_MAP, flat_modules, save_self_contained
+from hf_xlstm_cli import run_verb
 
 
 REPOSITORY = f"{USER}/tiny"
@@ -236,7 +237,7 @@ torch.save([transformers.__version__, texts], "texts.pt")
 @pytest.mark.skipif(not PYTHONS, reason="HF_XLSTM_PYTHONS names no interpreters with other versions of Transformers")
 @pytest.mark.parametrize("interpreter", PYTHONS)
 def test_folder_generates_the_same_text_on_every_version(interpreter, tmp_path):
-    """By the code in the folder, in a clean process; with the state, and from all tokens at every step."""
+    """Greedy text by the code in the folder, in a clean process; with the state, and from all tokens at every step."""
     ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
     expected = {}
     for stack, fields in STACKS.items():
@@ -427,9 +428,10 @@ def trained(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
-    push_to_hub.main()
+def test_dry_run_shows_what_would_be_sent(trained, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_verb("share", [str(trained), REPOSITORY, "--dry-run"], "share")
+    assert not end.value.code
     shown = capsys.readouterr().out
     assert "| model.safetensors |" in shown and "| evaluation.json |" in shown and "optimizer.pt" not in shown
     assert "| lzma | 3.500 |" in shown and "four words" in shown
@@ -437,19 +439,18 @@ def test_dry_run_shows_what_would_be_sent(trained, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}"], ids=["missing", "damaged", "empty"])
-def test_push_of_what_train_did_not_write(text, trained, capsys, monkeypatch):
+def test_push_of_what_train_did_not_write(text, trained, capsys):
     (trained / "metrics.json").unlink()
     if text is not None:
         (trained / "metrics.json").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(trained), REPOSITORY, "--dry-run"])
     with pytest.raises(SystemExit, match="2"):
-        push_to_hub.main()
-    (line,) = capsys.readouterr().err.splitlines()
+        run_verb("share", [str(trained), REPOSITORY, "--dry-run"], "share")
+    line = capsys.readouterr().err.splitlines()[-1]  # below the bars of loading
     assert "metrics.json" in line and str(trained) in line
 
 
 def test_card_metadata_is_a_model_index(trained, tmp_path):
-    card = push_to_hub.prepare(trained, tmp_path / "out", REPOSITORY, "mit", "en")
+    card = share.prepare(trained, tmp_path / "out", REPOSITORY, "mit", "en")
     read = ModelCard.load(tmp_path / "out" / "README.md").data
     assert read.to_dict() == card.data.to_dict()
     assert (read.license, read.language, read.model_name) == ("mit", "en", "tiny")
@@ -464,7 +465,7 @@ def test_card_metadata_is_a_model_index(trained, tmp_path):
 
 @pytest.mark.slow
 def test_push_script_publishes_what_its_card_says(hub, run, trained):
-    run(sys.executable, push_to_hub.__file__, str(trained), REPOSITORY)
+    run(sys.executable, "-m", "hf_xlstm_cli", "share", str(trained), REPOSITORY)
     files = hub.files(REPOSITORY)
     published = {"config.json", "model.safetensors", "tokenizer.json", "metrics.json", *flat_modules()}
     assert published <= set(files) and "optimizer.pt" not in files

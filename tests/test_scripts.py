@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from train import train_tokenizer
 
-from helpers.bits_per_byte import bits_per_byte
-from helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, state_of_the_union
-from helpers.errors import command
-from helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.commands.helpers.bits_per_byte import bits_per_byte
+from hf_xlstm.commands.helpers.corpus import FIRST_HELDOUT_YEAR, num_bytes, state_of_the_union
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
+from hf_xlstm.commands.helpers.yardsticks import ByteNGram, lzma_bits_per_byte
+from hf_xlstm_cli import run_verb
+from hf_xlstm_cli.errors import command
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -157,20 +158,22 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def end_of(script: str, *arguments: str, monkeypatch, capsys) -> tuple[int, str]:
-    """Exit status and last line of the error output of a script."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+def end_of(verb: str, *arguments: str, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit status and error output, without warnings of libraries, of a command or of scripts/claims.py."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        command(module.main)
+        if verb == "claims":
+            monkeypatch.setattr(sys, "argv", ["claims.py", *arguments])
+            command(importlib.import_module("claims").main)
+        else:
+            run_verb(verb, arguments, f"hf-xlstm {verb}")
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return end.value.code or 0, error.strip().splitlines()[-1] if error.strip() else ""
 
 
 ODD = {
-    "eval": [
+    "evaluate": [
         (["nothing", "--texts", "ok.txt"], "--output is needed"),
         (["nothing/here/at", "--texts", "ok.txt", "--output", "x.json"], "nothing/here/at does not exist"),
         (["empty", "--texts", "ok.txt"], "empty has no model"),
@@ -190,19 +193,19 @@ ODD = {
         (["damaged"], "damaged: cannot load the model"),
         (["model", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["model", "--temperature", "-1"], "--temperature must be 0 or more"),
-        (["model", "--contexts", "0"], "--contexts must be at least 1"),
+        (["model", "--contexts", "0"], "--contexts: must be a whole number above 0"),
         (["model", "--report", "no/such/file"], "--report: no/such is no directory"),
     ],
-    "push_to_hub": [
+    "share": [
         (["nothing", "me/x"], "nothing is not a directory"),
         (["empty", "me/x", "--dry-run"], "empty has no model"),
         (["model", "me/x", "--dry-run"], "metrics.json is not JSON"),
     ],
-    "convert_checkpoint": [
+    "convert": [
         (["nothing", "out"], "nothing"),
         (["empty", "out"], "empty"),
         (["model", "empty.txt"], "empty.txt exists"),
-        (["model", "out", "--max-shard-size", "0"], "--max-shard-size must be positive"),
+        (["model", "out", "--max-shard-size", "0"], "--max-shard-size: must be above 0"),
     ],
     "claims": [(["--seeds", "0"], "--seeds must be at least 1")],
     "serve": [([], "give a model to serve"), (["empty"], "")],
@@ -220,8 +223,8 @@ def test_odd_input_is_named(script, folder, monkeypatch, capsys):
 
 def test_what_is_not_a_number_is_not_written(folder, monkeypatch, capsys):
     (folder / "model" / "evaluation.json").write_text("old")
-    monkeypatch.setattr("eval.bits_per_byte", lambda *args, **kwargs: math.nan)
-    status, message = end_of("eval", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
+    monkeypatch.setattr("hf_xlstm.commands.evaluate.bits_per_byte", lambda *args, **kwargs: math.nan)
+    status, message = end_of("evaluate", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
     assert status == 2 and "ok.txt bits_per_byte" in message
     assert (folder / "model" / "evaluation.json").read_text() == "old"
 
@@ -230,10 +233,10 @@ def test_what_is_not_a_number_is_not_written(folder, monkeypatch, capsys):
 def test_results_on_a_full_disk_leave_the_old_ones(folder, monkeypatch, capsys):
     resource = pytest.importorskip("resource")
     (folder / "model" / "evaluation.json").write_text("old")
-    monkeypatch.setattr("eval.bits_per_byte", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr("hf_xlstm.commands.evaluate.bits_per_byte", lambda *args, **kwargs: 1.0)
     if (child := os.fork()) == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
-        status, _ = end_of("eval", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
+        status, _ = end_of("evaluate", "model", "--texts", "ok.txt", monkeypatch=monkeypatch, capsys=capsys)
         os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert (folder / "model" / "evaluation.json").read_text() == "old"

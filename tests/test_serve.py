@@ -15,7 +15,7 @@ from common import MIXED, VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers.serving import Guard
+from hf_xlstm.commands.helpers.serving import Guard
 
 
 SERVE = Path(__file__).parents[1] / "scripts" / "serve.py"

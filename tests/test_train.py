@@ -1,4 +1,4 @@
-"""scripts/train.py: what it reads, when it stops, and that nothing is lost."""
+"""`hf-xlstm train`: what it reads, when it stops, and that nothing is lost."""
 
 import importlib
 import json
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
 from common import MIXED, relative_error, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.corpus import (
+from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.commands import train
+from hf_xlstm.commands.helpers.corpus import (
     HELDOUT_SHARE,
     Records,
     TextFile,
@@ -30,11 +31,12 @@ from helpers.corpus import (
     hub_dataset,
     num_bytes,
 )
-from helpers.errors import UserError, command
-from helpers.presets import SIZES, slstm_positions
-from helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
-from helpers.training import SCHEDULES, Budget, RunTrainer, learning_rate_factor
-from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
+from hf_xlstm.commands.helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
+from hf_xlstm.commands.helpers.training import Budget, RunTrainer, learning_rate_factor
+from hf_xlstm_cli import run_verb
+from hf_xlstm_cli.errors import UserError
+from hf_xlstm_cli.presets import SCHEDULES, SIZES, slstm_positions
+from hf_xlstm_cli.train import parse
 
 
 VERSE = """'Twas brillig, and the slithy toves
@@ -68,7 +70,7 @@ def test_text_file_is_cut_at_a_line_or_at_least_between_characters(tmp_path, tex
 
 
 def test_pieces_of_a_long_file_are_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.corpus.PIECE", 37)  # bytes, so that characters are cut
+    monkeypatch.setattr("hf_xlstm.commands.helpers.corpus.PIECE", 37)  # bytes, so that characters are cut
     text = "größer 大きい\n" * 50 + "x" * 200
     path = write(tmp_path / "a.txt", text)
     pieces = list(TextFile(path, 0, path.stat().st_size).pieces())
@@ -111,7 +113,7 @@ def test_json_lines_and_parquet(tmp_path):
 
 
 def test_data_set_of_the_library(tmp_path, monkeypatch):
-    """By a local folder, streamed as one of the Hub is."""
+    """A local folder stands for a data set of the Hub: it is streamed in the same way."""
     pytest.importorskip("datasets", reason="needs the packages of '.[data]'")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "set").mkdir()
@@ -140,8 +142,8 @@ def tokenizer():
 
 
 def test_tokens_are_the_documents(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.tokens.BATCH_BYTES", 100)
-    monkeypatch.setattr("helpers.corpus.PIECE", 64)
+    monkeypatch.setattr("hf_xlstm.commands.helpers.tokens.BATCH_BYTES", 100)
+    monkeypatch.setattr("hf_xlstm.commands.helpers.corpus.PIECE", 64)
     path = write(tmp_path / "long.txt", VERSE * 5)
     documents = ["second 大きい", "", TextFile(path, 0, path.stat().st_size), VERSE]
     tokenise(documents, tokenizer, tmp_path / "tokens")
@@ -245,14 +247,13 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs train.py: its exit status and its error message."""
+def script(capsys):
+    """Runs `hf-xlstm train`: its exit status and its error message."""
 
     def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *SIZE.split()])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            command(train.main)
+            run_verb("train", [*map(str, arguments), *SIZE.split()], "train")
         return end.value.code or 0, capsys.readouterr().err
 
     return run
@@ -470,11 +471,11 @@ def test_goes_on_with_a_model(data, script, tmp_path, monkeypatch):
 
 
 def documented() -> list[list[str]]:
-    """The commands of the page, without `torchrun` and the name of the script."""
+    """The commands of the page, without `torchrun` and what stands before the options."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    return [command[command.index("scripts/train.py") + 1 :] for command in commands]
+    return [command[command.index("train") + 1 :] for command in commands]
 
 
 @pytest.mark.slow
@@ -487,8 +488,7 @@ def test_documented_commands_at_small_size(tmp_path, monkeypatch):
         write(tmp_path / name, "\n".join(json.dumps({field: VERSE}) for _ in range(40)))
     write(tmp_path / "law.txt", VERSE * 40)
     for arguments in documented():
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        args = train.parse_arguments()
+        args = parse(arguments, "train")
         if args.size:
             args.size, args.hidden_size, args.num_layers, args.num_heads = None, 32, 2, 2
         args.minutes, args.tokens, args.steps = None, None, 2
@@ -508,14 +508,13 @@ def test_documented_options_are_options(tmp_path, monkeypatch):
     commands = documented()
     assert len(commands) >= 6
     for arguments in commands:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        assert train.parse_arguments().output.parts[0] == "runs"
+        assert parse(arguments, "train").output.parts[0] == "runs"
 
 
 @pytest.mark.slow
 def test_two_processes_train_and_go_on(data, tmp_path):
     """DDP: both agree on when to save and to stop, and the same command goes on to the identical losses."""
-    script = Path(train.__file__)
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
     command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     command_line += [script, "--data", data, "--steps", "6", "--checkpoint-minutes", "1e-9", *SIZE.split()]
     command_line += ["--trainer", "logging_steps=1"]

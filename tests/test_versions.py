@@ -7,6 +7,7 @@ import pytest
 import tomllib
 
 from hf_xlstm import env, versions
+from hf_xlstm_cli.env import parse
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,17 @@ def test_pyproject_and_makefile_follow_the_tested_range():
     assert versions.minor(pinned) == versions.minor(newest)
 
 
+def test_hooks_lint_as_make_does():
+    pinned = re.search(r"^ruff==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
+    assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_readme_names_the_tested_range():
+    names = {"transformers": "Transformers", "torch": "torch", "triton": "Triton"}
+    ranges = ", ".join(f"{name} {' to '.join(versions.TESTED[key])}" for key, name in names.items())
+    assert f"Tested with {ranges}." in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("version, warns", [("5.24.9", False), ("5.25.0.dev0", True), ("6.0.1", True)])
 def test_untested_version_warns_once(monkeypatch, version, warns, recwarn):
     monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: version)
@@ -39,9 +51,8 @@ def test_untested_version_warns_once(monkeypatch, version, warns, recwarn):
     versions.warn_if_untested.cache_clear()
 
 
-def test_check_passes_here(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["env", "--check"])
-    assert env.main() == 0
+def test_check_passes_here(capsys):
+    assert env.run(parse(["--check"], "env")) == 0
     out = capsys.readouterr().out
     assert out.count("\nok ") >= 14 and "FAILED" not in out
 

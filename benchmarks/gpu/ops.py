@@ -300,7 +300,7 @@ def slstm_sequence(kernel: str, B: int, T: int, D: int) -> dict:
 
 
 def slstm_head(head: int, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Of all sequences, which share the parameters."""
+    """Gradients of all sequences, which share the parameters."""
     dim = {"gates": 3, "recurrent_weight": 1, "bias": 1, "h": 2}[name]
     return x.select(dim, head).unsqueeze(dim)
 

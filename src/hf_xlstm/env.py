@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_xlstm_cli import run_verb
+
 from . import __version__
 from .cache import xLSTMCache
 from .cells.environment import VARIABLES
@@ -186,10 +188,8 @@ MODEL_CHECKS = {
 OP_CHECKS = {"mlstm against float64": _mlstm_error, "slstm against float64": _slstm_error}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hf_xlstm.env", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="run tiny models: is generation right here?")
-    arguments = parser.parse_args()
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report and, with `--check`, the checks; the exit status is 1 if one of them fails."""
     print(report())
     if not arguments.check:
         return 0
@@ -200,4 +200,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb("env", sys.argv[1:], "python -m hf_xlstm.env")

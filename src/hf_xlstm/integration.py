@@ -61,7 +61,7 @@ def one_cache(**given) -> xLSTMCache | None:
     """The cache among arguments under its three names.
 
     Raises:
-        ValueError: there are two, or it is none of ours.
+        ValueError: there are two, or it is no `xLSTMCache` of this package.
     """
     given = {name: cache for name, cache in given.items() if cache is not None}
     if len(given) > 1:
@@ -69,8 +69,8 @@ def one_cache(**given) -> xLSTMCache | None:
         raise ValueError(f"{names} are names of the same argument: pass only one of them.")
     for name, cache in given.items():
         if not isinstance(cache, xLSTMCache):
-            ours, theirs = (f"{cls.__module__}.{cls.__qualname__}" for cls in (xLSTMCache, type(cache)))
-            raise ValueError(f"`{name}` must be a {ours}, got a {theirs}.")
+            expected, found = (f"{cls.__module__}.{cls.__qualname__}" for cls in (xLSTMCache, type(cache)))
+            raise ValueError(f"`{name}` must be a {expected}, got a {found}.")
         return cache
     return None
 

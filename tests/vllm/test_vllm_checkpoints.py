@@ -57,15 +57,12 @@ def test_the_papers_models_of_the_xlstm_package(tmp_path):
         assert_same(model, complete(llm, ragged_prompts(4)))
 
 
-def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
+def test_a_tied_head_may_be_stored_twice(tmp_path):
     directory, model = saved_model(tmp_path, "mixed", tie_word_embeddings=True)
     embedding = model.backbone.embeddings.weight.detach()
     rewrite_weights(tmp_path, lambda weights: weights | {"lm_head.weight": embedding.clone()})
     with engine(directory) as llm:
         assert_same(model, complete(llm, ragged_prompts(4)))
-    rewrite_weights(tmp_path, lambda weights: weights | {"lm_head.weight": embedding + 1})
-    with pytest.raises(ValueError, match="they differ"), engine(directory):
-        pass
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlstm_layer.k.weight", "blocks.1.slstm_layer.bias", "out_norm.weight"])

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
+from hf_xlstm.commands.helpers.plots import plt
 from hf_xlstm.files import replacing_file
-
-from ..report import plt
 
 
 def row(name: str, values: list[float], at_least: float | None = None, at_most: float | None = None) -> dict:

@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
 
 
 def _schedule(x: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> Schedule:
-    """For x (B, T, ...)."""
+    """The schedule of x (B, T, ...)."""
     B, T = x.shape[:2]
     token = torch.arange(B * T, device=x.device)
     if cu_seqlens is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError, need, read_text
+from hf_xlstm_cli.errors import UserError, need, read_text
 
 
 FIRST_HELDOUT_YEAR = 2001

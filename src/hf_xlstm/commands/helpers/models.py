@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_xlstm import xLSTMConfig
-
-from .errors import UserError
+from hf_xlstm_cli.errors import UserError
 
 
 def load_model(name: str | Path, **kwargs) -> PreTrainedModel:

@@ -1,46 +1,9 @@
-"""The loss curve and the written report of a training run."""
+"""Tables, and the written report of a training run."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
 from hf_xlstm.files import write_text
-
-
-matplotlib.use("Agg")  # files only, no display needed
-import matplotlib.pyplot as plt
-
-
-Curve = Sequence[tuple[float, float]]  # (minutes, bits per byte)
-
-
-def plot_loss_curve(path: Path, train: Curve, heldout: Curve, yardsticks: dict[str, float], title: str) -> None:
-    """Training and held-out bits per byte against time; every yardstick is a horizontal line."""
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training text")
-    axes.plot(
-        *zip(*heldout, strict=True), color="#08519c", linewidth=2, marker="o", markersize=4, label="held-out text"
-    )
-    end = train[-1][0]
-    for name, value in yardsticks.items():
-        above = value > min(yardsticks.values())  # the lowest line has its label below, clear of its neighbour's
-        axes.axhline(value, color="#737373", linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{name}: {value:.2f}",
-            (end, value),
-            xytext=(0, 3 if above else -3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom" if above else "top",
-            color="#525252",
-        )
-    axes.set(xlim=(0, end), xlabel="minutes of training", ylabel="bits per byte", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,7 +12,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(results: Sequence[dict]) -> str:
-    """What eval.py measured."""
+    """What `evaluate` measured."""
     rows = []
     for result in results:
         conditions = [f"{result[name]} {name}" for name in ("bytes", "shots") if name in result]

@@ -1,4 +1,5 @@
-"""Models by name: widths, depths and heads of common sizes, and where the sLSTM blocks stand."""
+"""Models by name: widths, depths and heads of common sizes, where the sLSTM blocks stand, and schedules of
+the learning rate."""
 
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ class Preset:
     learning_rate: float
 
 
+SCHEDULES = ("cosine", "wsd")  # wsd: warm-up, stable, decay
 DEFAULT = Preset(192, 4, 4, 2048, 6e-3)  # of the quickstart
 SIZES = {
     "10m": Preset(256, 10, 4, 4096, 4e-3),

@@ -16,13 +16,11 @@ from transformers import Trainer, TrainerCallback
 from hf_xlstm import xLSTMCache
 from hf_xlstm.files import write_text
 from hf_xlstm.optim import decayed_parameters
-
-from .errors import UserError
+from hf_xlstm_cli.errors import UserError
 
 
 PROGRESS = "progress.json"  # in a checkpoint: it is whole
 STATES = "states-{}"  # in a checkpoint: those of one process, with `--stateful`
-SCHEDULES = ("cosine", "wsd")
 
 
 @dataclass

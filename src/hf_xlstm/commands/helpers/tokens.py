@@ -11,9 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_xlstm.files import appearing
+from hf_xlstm_cli.errors import UserError
 
 from .corpus import Document, pieces
-from .errors import UserError
 
 
 TOKENIZER_BYTES = 256 * 2**20  # a tokenizer is trained on the first of a text, at most so much
