@@ -27,6 +27,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("slstm_step", "torch"): slstm_step_torch,
 }
 
+_warned: set[str] = set()
+
 
 @functools.cache
 def _add_triton() -> str | None:
@@ -103,6 +105,3 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=5)
-
-
-_warned: set[str] = set()
