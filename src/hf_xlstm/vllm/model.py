@@ -28,11 +28,21 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..cells.numerics import gate_dtype
-from ..formats.weights import Layout, check_names, drop_tied_head, weights_from_theirs
-from ..modeling_xlstm import make_norm, xLSTMForCausalLM
+from ..configuration_xlstm import xLSTMConfig
+from ..formats.weights import Layout, check_names, drop_tied_head, weights_from_foreign
+from ..layers import RMSNorm
+from ..modeling_xlstm import xLSTMForCausalLM
+from ..paper import PaperLayerNorm
 from ..pointwise import soft_cap
 from .layers import FeedForward, MLSTMLayer, PaperFeedForward, PaperMLSTMLayer, SLSTMLayer
 from .states import block_shape
+
+
+def norm_of(config: xLSTMConfig, bias: bool) -> nn.Module:
+    """The norm over D before a layer, or the last one, of the block family."""
+    if config.block_family == "paper":
+        return PaperLayerNorm(config.hidden_size, eps=config.norm_eps)
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, bias=bias)
 
 
 class Block(nn.Module):
@@ -43,15 +53,15 @@ class Block(nn.Module):
         config = vllm_config.model_config.hf_config
         paper, bias = config.block_family == "paper", config.use_bias
         if config.layers_block_type[int(prefix.rsplit(".", 1)[1])] == "mlstm":
-            self.norm_mlstm = make_norm(config, bias=bias)
+            self.norm_mlstm = norm_of(config, bias)
             layer = PaperMLSTMLayer if paper else MLSTMLayer
             self.mlstm_layer = layer(vllm_config, f"{prefix}.mlstm_layer")
         else:
-            self.norm_slstm = make_norm(config, bias=bias)
+            self.norm_slstm = norm_of(config, bias)
             self.slstm_layer = SLSTMLayer(vllm_config, f"{prefix}.slstm_layer")
         self.is_mlstm, self.ffn = hasattr(self, "mlstm_layer"), None
         if not (paper and self.is_mlstm):
-            self.norm_ffn = make_norm(config, bias=bias)
+            self.norm_ffn = norm_of(config, bias)
             self.ffn = (PaperFeedForward if paper else FeedForward)(vllm_config, f"{prefix}.ffn")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +85,7 @@ class Backbone(nn.Module):
             config.num_hidden_layers, lambda prefix: Block(vllm_config, prefix), prefix=f"{prefix}.blocks"
         )
         has_norm = config.add_out_norm and stage.is_last_rank
-        self.out_norm = make_norm(config) if has_norm else PPMissingLayer()
+        self.out_norm = norm_of(config, config.out_norm_bias) if has_norm else PPMissingLayer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks[self.start : self.end]:
@@ -162,7 +172,7 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         if Layout.of(weights) != Layout("hf_xlstm"):
             with torch.device("meta"):
                 names = list(xLSTMForCausalLM(self.config).state_dict())
-            weights = weights_from_theirs(weights, names, self.config)
+            weights = weights_from_foreign(weights, names, self.config)
         elif self.config.tie_word_embeddings:
             names = drop_tied_head(weights, weights.__getitem__, Layout("hf_xlstm"))
             weights = {name: weights[name] for name in names}
