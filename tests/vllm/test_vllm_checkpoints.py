@@ -57,12 +57,15 @@ def test_the_papers_models_of_the_xlstm_package(tmp_path):
         assert_same(model, complete(llm, ragged_prompts(4)))
 
 
-def test_a_tied_head_may_be_stored_twice(tmp_path):
+def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
     directory, model = saved_model(tmp_path, "mixed", tie_word_embeddings=True)
     embedding = model.backbone.embeddings.weight.detach()
     rewrite_weights(tmp_path, lambda weights: weights | {"lm_head.weight": embedding.clone()})
     with engine(directory) as llm:
         assert_same(model, complete(llm, ragged_prompts(4)))
+    rewrite_weights(tmp_path, lambda weights: weights | {"lm_head.weight": embedding + 1})
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to .*, but they differ"), engine(directory):
+        pass
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlstm_layer.k.weight", "blocks.1.slstm_layer.bias", "out_norm.weight"])
@@ -116,8 +119,8 @@ def test_int8_weights_made_on_load(tmp_path):
     assert exact > 0
 
 
-def test_int8_weights_and_activations_of_compressed_tensors(tmp_path):
-    directory, model = saved_model(tmp_path, "conv", **WIDE)
+def save_quantized(directory) -> None:
+    """Makes the checkpoint one of compressed-tensors: int8 weights, and activations to be rounded, per token."""
 
     def quantize(weights):
         quantized = {}
@@ -128,7 +131,7 @@ def test_int8_weights_and_activations_of_compressed_tensors(tmp_path):
                 quantized[name] = x
         return quantized
 
-    rewrite_weights(tmp_path, quantize)
+    rewrite_weights(directory, quantize)
     channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     token = channel | {"strategy": "token", "dynamic": True}
     scheme = {"targets": ["Linear"], "weights": channel, "input_activations": token, "output_activations": None}
@@ -139,7 +142,12 @@ def test_int8_weights_and_activations_of_compressed_tensors(tmp_path):
         "config_groups": {"group_0": scheme},
         "ignore": ["lm_head", "re:.*[if]gate_preact"],
     }
-    rewrite_config(tmp_path, quantization_config=quantization)
+    rewrite_config(directory, quantization_config=quantization)
+
+
+def test_int8_weights_and_activations_of_compressed_tensors(tmp_path):
+    directory, model = saved_model(tmp_path, "conv", **WIDE)
+    save_quantized(tmp_path)
     with engine(directory) as llm:
         outputs = complete(llm, ragged_prompts(6))
     round_model(model)

@@ -24,7 +24,6 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..cells.numerics import gate_dtype
@@ -96,9 +95,8 @@ class Backbone(nn.Module):
 class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsMambaPrefixCaching, SupportsPP):
     """The architecture "xLSTMForCausalLM" in vLLM.
 
-    It is `IsHybrid`, although no layer is attention: for `IsAttentionFree` models vLLM's runner of CPUs (V1) does not
-    count accepted tokens, so that speculative decoding goes on from wrong states without a word, and the settings of
-    Mamba models would have to be entered into a private table.
+    It is `IsHybrid`, although no layer is attention: for `IsAttentionFree` models the settings of Mamba models would
+    have to be entered into a private table.
     """
 
     packed_modules_mapping = {
@@ -112,6 +110,8 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         config = self.config = vllm_config.model_config.hf_config
         refuse_unsupported(vllm_config)
         self.is_quantized = vllm_config.quant_config is not None
+        # where the checkpoint has a head, vLLM unties it and would serve another one with a warning
+        self.is_tied = config.tie_word_embeddings or vllm_config.model_config.word_embeddings_untied_by_checkpoint
         self.backbone = Backbone(vllm_config, maybe_prefix(prefix, "backbone"))
         if get_pp_group().is_last_rank:
             head_prefix = maybe_prefix(prefix, "lm_head")
@@ -166,16 +166,19 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         """Loads a checkpoint of any layout that this package reads; returns the names of the parameters loaded.
 
         Raises:
-            ValueError: the checkpoint lacks weights or has unknown ones; the message names them.
+            ValueError: the checkpoint lacks weights or has unknown ones; the message names them. Or it has a head that
+                the configuration ties to the embedding, and it is another one.
         """
         weights = dict(weights)  # their files are mapped, not read
-        if Layout.of(weights) != Layout("hf_xlstm"):
+        layout = Layout.of(weights)
+        if self.is_tied:
+            names = drop_tied_head(weights, weights.__getitem__, layout)
+            if self.config.tie_word_embeddings:
+                weights = {name: weights[name] for name in names}
+        if layout != Layout("hf_xlstm"):
             with torch.device("meta"):
                 names = list(xLSTMForCausalLM(self.config).state_dict())
             weights = weights_from_foreign(weights, names, self.config)
-        elif self.config.tie_word_embeddings:
-            names = drop_tied_head(weights, weights.__getitem__, Layout("hf_xlstm"))
-            weights = {name: weights[name] for name in names}
         weights = {name: x for name, x in weights.items() if not is_pp_missing_parameter(name, self)}
         parameters = dict(self.named_parameters())
         if not self.is_quantized:  # else the checkpoint has scales and such, which vLLM's layers know
@@ -200,9 +203,8 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what would fail inside vLLM later, with less to go by."""
-    speculates = vllm_config.speculative_config is not None
-    if current_platform.is_cpu() and speculates and vllm_config.cache_config.enable_prefix_caching:
+    if vllm_config.speculative_config is not None and vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(
-            "On a CPU, vLLM has speculative decoding for recurrent models only without prefix caching: pass "
+            "Speculative decoding of recurrent models works without prefix caching only: pass "
             "--no-enable-prefix-caching, or enable_prefix_caching=False."
         )
