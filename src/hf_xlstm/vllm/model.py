@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -121,6 +122,8 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        if self.is_quantized:
+            refuse_idle_quantization(self, vllm_config.model_config.quantization)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
         )
@@ -208,3 +211,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             "Speculative decoding of recurrent models works without prefix caching only: pass "
             "--no-enable-prefix-caching, or enable_prefix_caching=False."
         )
+
+
+def refuse_idle_quantization(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a method that is for other kinds of layers than a dense model has."""
+    methods = [layer.quant_method for layer in model.modules() if isinstance(layer, LinearBase)]
+    if all(isinstance(method, UnquantizedLinearMethod) for method in methods):
+        raise ValueError(f"quantization={name!r} leaves all layers of an xLSTM as they are.")
