@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from common import MIXED, assert_same_states, relative_error, tiny_model, tokens
-from convert_checkpoint import main as convert_checkpoint_script
 from paper_reference import logits_and_states, parameter_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from hf_xlstm import conversion, files, xLSTMCache, xLSTMConfig, xLSTMForCausalL
 from hf_xlstm.conversion import convert_checkpoint, native_shapes
 from hf_xlstm.formats.configs import config_to_large
 from hf_xlstm.formats.weights import Layout, weights_from_foreign, weights_to_foreign
+from hf_xlstm_cli import run_verb
 
 
 # in the terms of the reference
@@ -339,20 +339,25 @@ def test_tirex_layers():
         torch.testing.assert_close(again[name], x, rtol=0, atol=1e-6 if "multihead_norm" in name else 0)
 
 
+def convert_command(*arguments: str) -> int:
+    """The exit status of `hf-xlstm convert`."""
+    with pytest.raises(SystemExit) as end:
+        run_verb("convert", arguments, "hf-xlstm convert")
+    return end.value.code or 0
+
+
 def test_script(tmp_path, monkeypatch, capsys):
     write_package(tmp_path / "foreign", "mixed")
     for source, target, *options in (
         ("foreign", "native"),
         ("native", "back", "--to", "xlstm", "--slstm-backend", "cuda"),
     ):
-        arguments = ["convert_checkpoint.py", str(tmp_path / source), str(tmp_path / target), *options]
-        monkeypatch.setattr("sys.argv", arguments)
-        convert_checkpoint_script()
+        arguments = [str(tmp_path / source), str(tmp_path / target), *options]
+        assert convert_command(*arguments) == 0
         assert "equal to the source" in capsys.readouterr().out
     expected = as_cuda_backend(package_weights("mixed"), 4)
     assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
-    with pytest.raises(SystemExit, match="2"):
-        convert_checkpoint_script()
+    assert convert_command(*arguments) == 2
     assert capsys.readouterr().err.endswith("back exists.\n")
 
 
@@ -495,9 +500,7 @@ def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypat
     else:
         (source / "model.safetensors").unlink()
     (source / name).write_bytes(contents)
-    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", str(source), str(tmp_path / "native")])
-    with pytest.raises(SystemExit, match="2"):
-        convert_checkpoint_script()
+    assert convert_command(str(source), str(tmp_path / "native")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(source / name) in line
     assert os.listdir(tmp_path) == ["foreign"]
