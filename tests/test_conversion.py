@@ -346,7 +346,7 @@ def convert_command(*arguments: str) -> int:
     return end.value.code or 0
 
 
-def test_script(tmp_path, monkeypatch, capsys):
+def test_script(tmp_path, capsys):
     write_package(tmp_path / "foreign", "mixed")
     for source, target, *options in (
         ("foreign", "native"),
@@ -493,7 +493,7 @@ def pickled(x) -> bytes:
     ],
     ids=str,
 )
-def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypatch, capsys):
+def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, capsys):
     source = write_package(tmp_path / "foreign", "mixed")
     if name.startswith("config"):
         (source / "config.yaml").unlink()
