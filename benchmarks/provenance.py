@@ -46,7 +46,7 @@ def processor(machine: dict[str, str | int]) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, hf_xlstm and installed packages; "not installed" is a version too."""
+    """Versions of Python, hf_xlstm and installed packages; "not installed" is one, too."""
 
     def version(package: str) -> str:
         try:

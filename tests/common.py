@@ -19,7 +19,7 @@ VOCAB_SIZE = 61
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of finite tensors, in the Euclidean norm, computed in float64."""
+    """The distance of finite tensors in the Euclidean norm, relative to `expected`, computed in float64."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -34,8 +34,8 @@ def tiny_config(**fields) -> xLSTMConfig:
 
 
 def tiny_model(cls=xLSTMForCausalLM, seed: int = 0, **fields):
-    """In eval mode. At its initial values an mLSTM hardly stores anything: here the gates depend on the input and the
-    input gates are open, so that what a model remembers decides what it says."""
+    """A small model in eval mode. At its initial values an mLSTM hardly stores anything: here the gates depend on the
+    input and the input gates are open, so that what a model remembers decides what it says."""
     torch.manual_seed(seed)
     model = cls(tiny_config(**fields)).eval()
     with torch.no_grad():

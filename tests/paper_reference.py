@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Of an `xLSTMLMModel` with the "vanilla" sLSTM. `config` has plain numbers: inner and ffn are widths."""
+    """Weights of an `xLSTMLMModel` with the "vanilla" sLSTM. `config` has plain numbers: inner and ffn are widths."""
     D, V, heads, inner = config["width"], config["vocab"], config["heads"], config["inner"]
     shapes = {"token_embedding.weight": (V, D), "lm_head.weight": (V, D)}
     if config["post_norm"]:
@@ -114,7 +114,7 @@ def slstm_layer(x: torch.Tensor, p: dict, config: dict, state: dict) -> torch.Te
     a = x
     if config["slstm_taps"]:
         a = convolve(x, p["conv1d.conv.weight"], p["conv1d.conv.bias"], state)
-    # the maps of the input and the forget gate go by each other's name
+    # the map of the input gate is stored under the forget gate's name, and the other way round
     inputs = [blockwise(y, p[f"{g}.weight"]) for g, y in (("fgate", a), ("igate", a), ("zgate", x), ("ogate", x))]
     bias = p["slstm_cell._bias_"].chunk(4)
     old = state.get("h", torch.zeros_like(x)).unflatten(-1, (N, -1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import provenance, tables
-from benchmarks.cpu import breakdown, generation, harness, ops, slstm_loops, speculative, training
+from benchmarks.cpu import breakdown, generation, harness, ops, serving, slstm_loops, speculative, training
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
 
@@ -20,6 +20,7 @@ SCRIPTS = [
     (ops, ["mlstm/*/float32/*/forward", "mlstm/*/bfloat16/*/backward", "mlstm_step/*/float32/*", "slstm/*float32*"]),
     (breakdown, ["*/float32/1", "*/bfloat16/64"]),
     (speculative, ["records"]),
+    (serving, ["steps/*", "requests", "second_turn"]),
     pytest.param(slstm_loops, ["*"], marks=slow),
     pytest.param(generation, ["compile/*/float32"], marks=slow),
     pytest.param(generation, ["memory/*/float32/*"], marks=slow),

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from common import MIXED, MLSTM, STACKS, assert_same_states, tiny_model, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hf_xlstm import xLSTMCache
 
@@ -65,7 +67,7 @@ def test_counts_tokens(model):
 
 
 def test_states_stay_where_they_are(model):
-    """In place, so that a CUDA graph may keep the addresses: through prefill, steps, reset."""
+    """States are written in place, so that a CUDA graph may keep the addresses: through prefill, steps, reset."""
     cache = read(model, tokens(2, 5))
     addresses = [x.data_ptr() for x in tensors(cache)]
     for ids in (tokens(2, 1), tokens(2, 1, seed=1), tokens(2, 9)):
@@ -248,3 +250,80 @@ def test_layers_of_a_cache():
     assert [layer.layer_type for layer in cache.layers] == MIXED
     assert [len(layer.tensors()) for layer in cache.layers] == [0, 0]
     assert [layer.layer_type for layer in xLSTMCache(tiny_model().config).layers] == MLSTM
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_model(**STACKS["conv"])
+    model(tokens(2, 5), use_cache=True).cache.save_pretrained(tmp_path)
+    return tmp_path / "xlstm_cache.safetensors"
+
+
+def test_every_tensor_of_a_file_must_be_there_and_unchanged(saved):
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    for name, x in tensors.items():
+        changes = {"missing": None, "shape": x[:1], "dtype": x.double(), "value": x + 1}
+        for changed in changes.values():
+            others = {key: y for key, y in tensors.items() if key != name}
+            save_file(others if changed is None else others | {name: changed}, saved, metadata)
+            with pytest.raises(ValueError, match=r"xlstm_cache\.safetensors is damaged"):
+                xLSTMCache.from_pretrained(saved.parent)
+    save_file(tensors | {"layers.9.c": x.clone()}, saved, metadata)
+    with pytest.raises(ValueError, match=r"layers\.9\.c"):
+        xLSTMCache.from_pretrained(saved.parent)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"layers":', b'"lAyers":'),
+        (b'\\"mlstm', b'\\"mlxtm'),
+        (b'\\"seen_tokens\\":\\"5\\"', b'\\"seen_tokens\\":\\"x\\"'),
+        (b'"seen_tokens":"5"', b'"seen_tokens":"6"'),
+        (b"5", b""),
+    ],
+)
+def test_damaged_file_is_named(saved, old, new):
+    whole = saved.read_bytes()
+    damaged = whole.replace(old, new) if old in whole else whole[:-10]
+    saved.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"xlstm_cache\.safetensors"):
+        xLSTMCache.from_pretrained(saved.parent)
+
+
+def test_file_of_an_earlier_version_opens(saved):
+    """It has neither a list of tensors nor a checksum, but must be whole."""
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key not in ("tensors", "checksum")}
+    save_file(tensors, saved, metadata)
+    assert xLSTMCache.from_pretrained(saved.parent).get_seq_length() == 5
+    del tensors["layers.1.h"]
+    save_file(tensors, saved, metadata)
+    with pytest.raises(ValueError, match=r"lacks layers\.1\.h"):
+        xLSTMCache.from_pretrained(saved.parent)
+
+
+def test_failed_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_xlstm.cache.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        xLSTMCache.from_pretrained(saved.parent).save_pretrained(saved.parent)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"xlstm_cache\.safetensors does not exist"):
+        xLSTMCache.from_pretrained(tmp_path)

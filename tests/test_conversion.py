@@ -146,7 +146,7 @@ def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, tor
 @pytest.mark.parametrize("kind", ["yaml", "_xlstm_config", "xlstm_cfg"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_gradients_and_states(variant, kind, tmp_path):
-    """Of the model opened as it is, in float64, against the paper's equations, which have no `eps` beside m."""
+    """Errors of the model opened as it is, in float64, against the paper's equations, which have no `eps` beside m."""
     config, weights = BASE | VARIANTS[variant], package_weights(variant)
     write_package(tmp_path / "foreign", variant, kind=kind)
     model = xLSTMForCausalLM.from_pretrained(tmp_path / "foreign", eps=1e-30).double()

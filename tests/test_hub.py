@@ -237,7 +237,7 @@ torch.save([transformers.__version__, texts], "texts.pt")
 @pytest.mark.skipif(not PYTHONS, reason="HF_XLSTM_PYTHONS names no interpreters with other versions of Transformers")
 @pytest.mark.parametrize("interpreter", PYTHONS)
 def test_folder_generates_the_same_text_on_every_version(interpreter, tmp_path):
-    """By the code in the folder, in a clean process; with the state, and from all tokens at every step."""
+    """Greedy text by the code in the folder, in a clean process; with the state, and from all tokens at every step."""
     ids = torch.tensor([[5, 3, 7, 2, 9, 4], [0, 0, 0, 8, 6, 1]])
     expected = {}
     for stack, fields in STACKS.items():

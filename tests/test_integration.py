@@ -374,6 +374,19 @@ def test_positions_of_a_padded_batch_are_no_packing(model, side):
         assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, expected)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_classifier_goes_by_the_mask(side):
+    """Not by the id of the padding token, which may be that of a word."""
+    model = tiny_model(xLSTMForSequenceClassification, num_labels=3, pad_token_id=1)
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    ids[:, -2:] = ids[:, 0] = 1
+    mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    together = model(ids, attention_mask=mask).logits
+    alone = torch.cat([model(row[keep.bool()][None]).logits for row, keep in zip(ids, mask)])
+    assert relative_error(together, alone) < 1e-5
+
+
 def test_surface():
     """What completion shows is what the package promises, and all of it is there."""
     assert set(dir(hf_xlstm)) == {*hf_xlstm.__all__, "__version__"}

@@ -95,7 +95,7 @@ def test_norms_are_spared_weight_decay(tmp_path):
 
 
 def test_dropout():
-    """In training only, on the output of the mLSTM layer and on that of the sLSTM before its norm."""
+    """Dropout acts in training only, on the output of the mLSTM layer and on that of the sLSTM before its norm."""
     model = tiny_model(**STACKS["paper"], dropout=0.5)
     same = tiny_model(**STACKS["paper"])
     ids = tokens(2, 9)

@@ -162,6 +162,15 @@ def test_damaged_yaml_is_named(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_damaged_generation_config_is_named(tmp_path):
+    """Transformers would leave it out, and generate by other defaults, in silence."""
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be read"):
+        xLSTMForCausalLM.from_pretrained(tmp_path)
+
+
 # ---- shards without an index
 
 

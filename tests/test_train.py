@@ -113,7 +113,7 @@ def test_json_lines_and_parquet(tmp_path):
 
 
 def test_data_set_of_the_library(tmp_path, monkeypatch):
-    """By a local folder, streamed as one of the Hub is."""
+    """A local folder stands for a data set of the Hub: it is streamed in the same way."""
     pytest.importorskip("datasets", reason="needs the packages of '.[data]'")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "set").mkdir()

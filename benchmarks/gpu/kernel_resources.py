@@ -132,9 +132,13 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: GPU, full: 
     inputs = (q, k, v, igate, fgate, mask)
     with recording() as launches:
         launch.recurrent(*inputs, state, state, 0.1, 1e-6)
+        if full:  # decoding, from states of its own and from a pool
+            token = [x[:, :1] for x in inputs[:-1]]
+            for state_indices in (None, empty(B, dtype=torch.int32)):
+                launch.step(*token, state, state_indices, 0.1, 1e-6)
         for forward_plan in filter(None, (plan, launch.on_chip_plan(dtype, K, V, B * H, gpu))):
             launch.forward(*inputs, None, state, state, 0.1, 1e-6, forward_plan)
-        launch.backward(v, state[:2], *inputs, None, state, state[:2], None, s, 0.1, 1e-6, plan)
+        launch.backward(v, state[:2], *inputs, None, state, state[:2], state[2], (s, s), None, 0.1, 1e-6, plan)
     return launches
 
 
@@ -157,7 +161,8 @@ def record_slstm_launches(dtype: torch.dtype, D: int, T: int, gpu: GPU) -> dict[
     state = tuple(empty(B, H, D) for _ in range(4))
     tiles = slstm_launch.plan(dtype, D, gpu)
     with recording() as launches:
-        slstm_launch.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, tiles)
+        for state_indices in (None, empty(B, dtype=torch.int32)):
+            slstm_launch.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, tiles, state_indices)
         h, saved, c = slstm_launch.run_forward(gates, weight, bias, state, state, mask, None, True, tiles)
         slstm_launch.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, tiles)
     return launches

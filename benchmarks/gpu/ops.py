@@ -25,7 +25,7 @@ from benchmarks.gpu import harness
 from benchmarks.gpu.harness import Job, Jobs, milliseconds, milliseconds_cold_allocator, peak_gigabytes
 from benchmarks.peers import HF_XLSTM
 from benchmarks.provenance import relative_error
-from hf_xlstm.cells import triton_common
+from hf_xlstm.cells import environment, triton_common
 from hf_xlstm.cells.mlstm import triton_launch as launch
 from hf_xlstm.cells.mlstm import triton_ops
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
@@ -59,7 +59,7 @@ VARIANTS = {
         "of",
         lambda device: triton_common.GPU(major=9, processors=1),
     ),
-    "saved states": (triton_common, "save_states", lambda: True),
+    "saved states": (environment, "saves_states", lambda: True),
     "no spans": (launch, "MIN_SPANS", 10**9),
     "two spans or more": (launch, "MIN_SPANS", 2),
 }
@@ -300,7 +300,7 @@ def slstm_sequence(kernel: str, B: int, T: int, D: int) -> dict:
 
 
 def slstm_head(head: int, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Of all sequences, which share the parameters."""
+    """Gradients of all sequences, which share the parameters."""
     dim = {"gates": 3, "recurrent_weight": 1, "bias": 1, "h": 2}[name]
     return x.select(dim, head).unsqueeze(dim)
 

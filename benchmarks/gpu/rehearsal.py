@@ -42,8 +42,8 @@ SIZES = {
 
 
 def begin() -> None:
-    """For good, so only in a process that does nothing else: the CPU is the GPU, everything is tiny, nothing is
-    timed."""
+    """Lets the CPU be the GPU, makes everything tiny and times nothing. The process stays so: it must do nothing
+    else."""
     event = types.SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 1.0)
     for name, function in {
         "synchronize": lambda: None,
@@ -65,7 +65,7 @@ def begin() -> None:
 
 
 def once(function, *_, **__) -> float:
-    """In place of a measurement."""
+    """One call in place of a measurement."""
     function()
     return 1.0
 

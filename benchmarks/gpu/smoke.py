@@ -61,7 +61,7 @@ def within(errors: dict[str, float], bounds: dict[str, float]) -> dict:
 
 
 def state_error(actual: Inputs, expected: Inputs) -> float:
-    """Of what a state stands for: an mLSTM's C exp(m), an sLSTM's c / n."""
+    """The error of what a state stands for: an mLSTM's C exp(m), an sLSTM's c / n."""
     if len(actual) == 3:
         (c, _, m), (expected_c, _, expected_m) = actual, expected
         return relative_error(c.double() * torch.exp(m.double() - expected_m)[..., None, None], expected_c)

@@ -80,7 +80,7 @@ def train(model: PreTrainedModel, length: int) -> dict:
 
 
 def jobs() -> Jobs:
-    """Of each size all models, so that the smaller one has its peers when time ends."""
+    """Rows of all models of one size, then of the next, so that the smaller one has its peers when time ends."""
     needs = ("smoke/mlstm/*ward/bfloat16/*", "smoke/model/*", "training/hf_xlstm/check")
     yield Job({"model": HF_XLSTM, "measure": "check"}, check, (*needs[:2], "smoke/slstm/*ward/bfloat16/*"))
     for size in SIZES:

@@ -368,8 +368,8 @@ class xLSTMCache(Cache):
             "layers": json.dumps([(layer.layer_type, layer.shape) for layer in self.layers]),
             "tensors": json.dumps({name: [str(x.dtype), list(x.shape)] for name, x in tensors.items()}),
             "seen_tokens": str(self.get_seq_length()),
-            "checksum": _checksum(tensors),
         }
+        metadata["checksum"] = _checksum(tensors, metadata)
         target = os.path.join(save_directory, CACHE_FILE)
         temporary = f"{target}.{uuid.uuid4().hex}"
         try:
@@ -396,11 +396,16 @@ class xLSTMCache(Cache):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             specs = [(layer_type, tuple(shape)) for layer_type, shape in json.loads(metadata["layers"])]
+            unknown = {layer_type for layer_type, _ in specs} - STATE_NAMES.keys()
+            if unknown:
+                raise ValueError(f"it has layers of type {', '.join(sorted(unknown))}")
             seen_tokens = int(metadata["seen_tokens"])
             expected = json.loads(metadata["tensors"]) if "tensors" in metadata else None
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no saved cache, or it is damaged: {error}.") from error
-        _check_tensors(path, tensors, specs, expected, metadata.get("checksum"))
+        _check_tensors(path, tensors, specs, expected)
+        if metadata.get("checksum") not in (None, _checksum(tensors, metadata)):
+            raise ValueError(f"{path} is damaged: its checksum is wrong.")
         cache = cls.__new__(cls)  # the specs come from the file, not from a configuration
         cache._make(specs)
         cache.seen_tokens = _keep_address(torch.tensor(seen_tokens, device=device))
@@ -418,7 +423,6 @@ def _check_tensors(
     tensors: dict[str, torch.Tensor],
     specs: list[tuple[str, tuple[int, ...]]],
     expected: dict[str, list] | None,
-    checksum: str | None,
 ) -> None:
     """Raises ValueError unless the file holds what was written, and complete states. Files of earlier versions have
     neither a list of tensors nor a checksum."""
@@ -431,12 +435,11 @@ def _check_tensors(
     if expected is not None and found != expected:
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise ValueError(f"{path} is damaged: {', '.join(names)} missing, extra, or of another shape or dtype.")
-    if checksum is not None and checksum != _checksum(tensors):
-        raise ValueError(f"{path} is damaged: the checksum of its tensors is wrong.")
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of all tensors and of what the file says about them."""
+    digest = hashlib.sha256(json.dumps([metadata[name] for name in ("layers", "seen_tokens")]).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

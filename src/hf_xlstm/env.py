@@ -17,9 +17,10 @@ from hf_xlstm_cli import run_verb
 
 from . import __version__
 from .cache import xLSTMCache
+from .cells.environment import VARIABLES
 from .configuration_xlstm import xLSTMConfig
 from .modeling_xlstm import xLSTMForCausalLM
-from .ops import BACKENDS, backend_and_reason, mlstm, slstm
+from .ops import backend_and_reason, mlstm, slstm
 from .versions import TESTED
 
 
@@ -45,8 +46,8 @@ def report() -> str:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    override = os.environ.get("HF_XLSTM_BACKEND")
-    lines.append(f"HF_XLSTM_BACKEND: {override or 'not set'} (one of {', '.join(BACKENDS)})")
+    for name, meaning in VARIABLES.items():
+        lines.append(f"{name}: {os.environ.get(name) or 'not set'} ({meaning})")
     for device in devices():
         for op in ("mlstm", "slstm"):
             x = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device=device)

@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput as BaseOutput
 from transformers.utils import TransformersKwargs, cached_file, logging
@@ -57,7 +61,7 @@ def one_cache(**given) -> xLSTMCache | None:
     """The cache among arguments under its three names.
 
     Raises:
-        ValueError: there are two, or it is none of ours.
+        ValueError: there are two, or it is no `xLSTMCache` of this package.
     """
     given = {name: cache for name, cache in given.items() if cache is not None}
     if len(given) > 1:
@@ -65,8 +69,8 @@ def one_cache(**given) -> xLSTMCache | None:
         raise ValueError(f"{names} are names of the same argument: pass only one of them.")
     for name, cache in given.items():
         if not isinstance(cache, xLSTMCache):
-            ours, theirs = (f"{cls.__module__}.{cls.__qualname__}" for cls in (xLSTMCache, type(cache)))
-            raise ValueError(f"`{name}` must be a {ours}, got a {theirs}.")
+            expected, found = (f"{cls.__module__}.{cls.__qualname__}" for cls in (xLSTMCache, type(cache)))
+            raise ValueError(f"`{name}` must be a {expected}, got a {found}.")
         return cache
     return None
 
@@ -130,6 +134,7 @@ def output_class(cls: type) -> type:
 
 ModelOutput = output_class(BaseModelOutputWithPast)
 CausalLMOutput = output_class(CausalLMOutputWithPast)
+SequenceClassifierOutput = output_class(SequenceClassifierOutputWithPast)
 
 
 def with_cache_name(function: Callable) -> Callable:
@@ -150,16 +155,19 @@ SHARD = "model_{}.safetensors"  # as `xLSTMLarge` and the scaling-law runs of NX
 _saving = threading.RLock()
 
 
-def check_index(path: str) -> None:
-    """Raises ValueError naming the index of a sharded checkpoint, if there is one, unless it can be read."""
-    if not os.path.isfile(path):
-        return
-    try:
-        index = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(index["weight_map"], dict) or not isinstance(index["metadata"], dict):
-            raise TypeError("`weight_map` and `metadata` must be mappings")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read, it is damaged or cut off: {error}.") from error
+def check_json(directory: str | os.PathLike) -> None:
+    """Raises ValueError naming a damaged file in a local directory: the index of a sharded checkpoint, of which
+    Transformers does not say which file it is, or `generation_config.json`, which it would leave out in silence."""
+    for name, fields in ((INDEX, ("weight_map", "metadata")), ("generation_config.json", ())):
+        path = Path(directory, name)
+        if not path.is_file():
+            continue
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(part, dict) for part in (contents, *(contents[field] for field in fields))):
+                raise TypeError(f"{', '.join(fields) or 'it'} must be a mapping")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read, it is damaged or cut off: {error}.") from error
 
 
 def numbered_shards(directory: str | os.PathLike, subfolder: str = "", **kwargs) -> list[str]:
@@ -222,7 +230,7 @@ class LoadingMixin:
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_unquantized_modules(kwargs["quantization_config"])
         if pretrained_model_name_or_path is not None:
-            check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", INDEX))
+            check_json(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError:
@@ -350,6 +358,22 @@ class LoadingMixin:
 
 class RecurrentGenerationMixin(GenerationMixin):
     """`generate` for a model whose cache is its recurrent state: always an `xLSTMCache`, continued where it stands."""
+
+    #: A `StateStore` that `generate_batch` and servers keep conversations in and continue them from; None is none.
+    state_store = None
+
+    def init_continuous_batching(
+        self, generation_config=None, continuous_batching_config=None, workload_hints=None
+    ) -> "RecurrentBatchingManager":  # noqa: F821
+        """As in Transformers, with rows of a cache in place of pages: what `generate_batch` and servers run on."""
+        from .batching import RecurrentBatchingManager
+
+        cached = getattr(self, "_cached_continuous_batching_manager", None)
+        if cached is not None:
+            return cached
+        if continuous_batching_config is None:
+            continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+        return RecurrentBatchingManager(self, generation_config, continuous_batching_config, workload_hints)
 
     def generate(self, *args, cache=None, past_key_values=None, cache_params=None, **kwargs):
         """`GenerationMixin.generate`, on every version with `cache` as the name of the state to continue from: an

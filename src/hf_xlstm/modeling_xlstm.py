@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import xLSTMCache
-from .cells.numerics import gate_dtype
+from .cells.numerics import gate_dtype, is_readable
 from .configuration_xlstm import xLSTMConfig
 from .integration import (
     CACHE_NAME,
@@ -33,6 +33,7 @@ from .integration import (
     LoadingMixin,
     ModelOutput,
     RecurrentGenerationMixin,
+    SequenceClassifierOutput,
     one_cache,
     refuse_split_sequence,
     refuse_unknown,
@@ -263,9 +264,7 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
             f"{tuple(attention_mask.shape)}."
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-    if torch.compiler.is_compiling() or mask.device.type == "meta":
-        return mask
-    return None if mask.all() else mask
+    return None if is_readable(mask) and mask.all() else mask
 
 
 def packed_bounds(
@@ -287,7 +286,7 @@ def packed_bounds(
         return cu_seq_lens_q
     if seq_idx is not None:
         return _bounds_of_numbers(seq_idx.expand(batch_size, -1))
-    if position_ids is not None and length > 1 and position_ids.device.type != "meta":
+    if position_ids is not None and length > 1 and not position_ids.is_meta:
         return _bounds_of_positions(position_ids.expand(batch_size, -1), mask)
     return None
 
@@ -441,10 +440,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
 
 
 class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreTrainedModel):
-    """An xLSTM with a linear classifier on the last token of each row that is not padding: logits (B, num_labels)."""
+    """An xLSTM with a linear classifier on the last token of each row that `attention_mask` does not call padding:
+    logits (B, num_labels)."""
 
     base_model_prefix = "backbone"
-    forward = with_cache_name(GenericForSequenceClassification.forward)
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -452,6 +451,50 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
         self.backbone = xLSTMModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: xLSTMCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            labels (B,) or (B, num_labels): classes, or numbers to regress on, as `config.problem_type` says.
+
+        The other arguments are those of `xLSTMModel`. Transformers' own classifiers take for padding what has the id
+        `pad_token_id`, which has a default here and may be the id of a word.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is None:
+            last = hidden_states[:, -1]
+        else:
+            mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device).bool()
+            token = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            index = torch.where(mask, token, 0).amax(dim=1)
+            last = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), index]
+        logits = self.score(last)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: outputs.cache}
+        )
 
 
 class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrainedModel):

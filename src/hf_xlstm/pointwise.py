@@ -7,13 +7,13 @@ here it keeps its inputs, or its output, only. In a training step of a 50M model
 import torch
 import torch.nn.functional as F
 
-from .cells.numerics import gate_dtype
+from .cells.numerics import gate_dtype, is_batched
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension, computed in float32 and cast back before the weight."""
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps)[0]
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
@@ -35,7 +35,7 @@ def gated_head_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, e
     """sigmoid(gate) * weight * layer_norm(x over each head), the norm in float32 and cast back before the weight.
     x (B, T, H, V), gate (B, T, H V), weight (H V) to (B, T, H V)."""
     if torch.is_grad_enabled():
-        return _GatedHeadNorm.apply(x, gate, weight, eps)
+        return _GatedHeadNorm.apply(x, gate, weight, eps)[0]
     return head_norm(x, eps).mul_(weight).mul_(torch.sigmoid(gate))
 
 
@@ -49,93 +49,145 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int 
     labels (N,). Takes the memory of one more tensor like the logits, PyTorch's own of three."""
     if torch.compiler.is_compiling():
         return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return _CrossEntropy.apply(logits, labels, ignore_index)
+    return _CrossEntropy.apply(logits, labels, ignore_index)[0]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(gate_dtype(x.dtype))
 
 
+# The Functions below save what their forward passes computed. In a backward pass that is itself differentiated (grad
+# mode is on there) it would count as a constant, so it is computed again from the inputs: derivatives of every order
+# are exact, and the ordinary backward pass costs nothing more.
+
+
 class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x32 = _wide(x)
-        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).to(x.dtype) * weight
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, dy):
+    def forward(x, weight, eps):
+        x32 = _wide(x)
+        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return (x32 * rstd).to(x.dtype) * weight, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, ctx.eps = inputs
+        _, rstd = output
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
+
+    @staticmethod
+    def backward(ctx, dy, _):
         x, weight, rstd = ctx.saved_tensors
-        normed = _wide(x) * rstd
+        x32 = _wide(x)
+        if torch.is_grad_enabled():
+            rstd = x32.square().mean(-1, keepdim=True).add(ctx.eps).rsqrt()
+        normed = x32 * rstd
         dweight = _wide(dy * normed.to(x.dtype)).sum_to_size(weight.shape).to(weight.dtype)
         dnormed = _wide(dy * weight)
         projection = (dnormed * normed).mean(-1, keepdim=True)
-        return dnormed.sub_(normed.mul_(projection)).mul_(rstd).to(x.dtype), dweight, None
+        dnormed = torch.addcmul(dnormed, normed, projection, value=-1)
+        return (dnormed * rstd).to(x.dtype), dweight, None
 
 
 class _SwiGLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
+    def forward(gate, up):
         return F.silu(gate) * up
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+        dsilu = dy * up
+        if torch.is_grad_enabled():  # PyTorch's kernel for it has no derivative
+            sigmoid = torch.sigmoid(gate)
+            dgate = dsilu * sigmoid * (1 + gate * (1 - sigmoid))
+        else:
+            dgate = torch.ops.aten.silu_backward(dsilu, gate)
+        return dgate, dy * F.silu(gate)
 
 
 class _SoftCap(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, cap):
-        y = x.div(cap).tanh_().mul_(cap)
-        ctx.save_for_backward(y)
-        ctx.cap = cap
-        return y
+    def forward(x, cap):
+        return x.div(cap).tanh_().mul_(cap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.cap = inputs
+        ctx.save_for_backward(output)  # an output is no constant: derivatives pass through it
 
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return (y / ctx.cap).square_().neg_().add_(1).mul_(dy), None
+        return torch.ops.aten.tanh_backward(dy, y / ctx.cap), None
 
 
 class _GatedHeadNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gate, weight, eps):
-        y, mean, rstd = torch.native_layer_norm(_wide(x), x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(x, gate, weight, mean, rstd)
-        return y.to(x.dtype).flatten(-2) * weight * torch.sigmoid(gate)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, dout):
+    def forward(x, gate, weight, eps):
+        y, mean, rstd = torch.native_layer_norm(_wide(x), x.shape[-1:], None, None, eps)
+        return y.to(x.dtype).flatten(-2) * weight * torch.sigmoid(gate), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *saved, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(*saved, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
         x, gate, weight, mean, rstd = ctx.saved_tensors
         x32 = _wide(x)
-        normed = ((x32 - mean) * rstd).to(x.dtype).flatten(-2)
+        normed = head_norm(x, ctx.eps) if torch.is_grad_enabled() else ((x32 - mean) * rstd).to(x.dtype).flatten(-2)
         sigmoid = torch.sigmoid(gate)
         dgate = torch.ops.aten.sigmoid_backward(dout * (normed * weight), sigmoid)
         dy = dout * sigmoid
         dweight = _wide(dy * normed).sum_to_size(weight.shape).to(weight.dtype)
         dnormed = _wide(dy * weight).view(x.shape)
-        mask = [True, False, False]
+        mask = [True, False, False]  # PyTorch differentiates this kernel through mean and rstd
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dnormed, x32, x.shape[-1:], mean, rstd, None, None, mask)
         return dx.to(x.dtype), dgate, dweight, None
 
 
 class _CrossEntropy(torch.autograd.Function):
     ROWS = 256
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index):
+    def forward(logits, labels, ignore_index):
         valid = labels != ignore_index
         labels = torch.where(valid, labels, 0)
         normalizer = torch.cat([rows.logsumexp(-1) for rows in logits.split(_CrossEntropy.ROWS)])
-        ctx.save_for_backward(logits, labels, valid, normalizer)
-        return torch.where(valid, normalizer - logits.gather(-1, labels[:, None]).squeeze(-1), 0).sum()
+        loss = torch.where(valid, normalizer - logits.gather(-1, labels[:, None]).squeeze(-1), 0).sum()
+        return loss, labels, valid, normalizer
 
     @staticmethod
-    def backward(ctx, dloss):
+    def setup_context(ctx, inputs, output):
+        _, labels, valid, normalizer = output
+        ctx.save_for_backward(inputs[0], labels, valid, normalizer)
+        ctx.mark_non_differentiable(labels, valid, normalizer)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
         logits, labels, valid, normalizer = ctx.saved_tensors
+        drow = (dloss * valid)[:, None]
+        minus_one = logits.new_full((len(labels), 1), -1.0)
+        if torch.is_grad_enabled() or is_batched(dloss):
+            dlogits = logits.softmax(-1).scatter_add(-1, labels[:, None], minus_one)
+            return dlogits * drow, None, None
         dlogits = torch.sub(logits, normalizer[:, None]).exp_()
-        dlogits.scatter_add_(-1, labels[:, None], dlogits.new_full((len(labels), 1), -1.0))
-        return dlogits.mul_((dloss * valid)[:, None]), None, None
+        dlogits.scatter_add_(-1, labels[:, None], minus_one)
+        return dlogits.mul_(drow), None, None

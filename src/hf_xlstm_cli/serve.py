@@ -4,7 +4,8 @@
 
 It listens on the loopback interface, serves this one model, and lets no request load another one or throw this one
 out. `/v1/completions` continues a text; `/v1/chat/completions` needs a tokenizer with a chat template. Options beside
-those below are those of `transformers serve`, such as --port, --device and --dtype.
+those below are those of `transformers serve`, such as --port, --device and --dtype. With --continuous-batching,
+requests are answered side by side, and the next turn of a conversation reads its new tokens only.
 """
 
 import argparse
@@ -22,9 +23,23 @@ def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         metavar="KEY",
         help="that requests must have (the variable HF_XLSTM_API_KEY, which others cannot see)",
     )
+    parser.add_argument(
+        "--states",
+        metavar="DIRECTORY",
+        help="with --continuous-batching, where states of conversations outlive the server (in memory only)",
+    )
+    parser.add_argument(
+        "--state-bytes",
+        type=int,
+        default=2**30,
+        metavar="N",
+        help="bytes of states in memory, ten times that on disk (2^30)",
+    )
     parser.add_argument("--any-model", action="store_true", help="let requests load and unload any model")
     args, args_of_transformers = parser.parse_known_args(arguments)
     args.others = args_of_transformers
+    if args.states is not None and "--continuous-batching" not in args.others:
+        parser.error("--states needs --continuous-batching")
     if (args.model is None) != args.any_model:
         parser.error("give a model to serve, or --any-model")
     return args

@@ -158,7 +158,7 @@ def test_operator_contracts(length, packed, save_states):
     arguments = (*inputs, c.requires_grad_(), n.requires_grad_(), m, mask, cu_seqlens, True, save_states, 0.3, 1e-6)
     torch.library.opcheck(torch.ops.hf_xlstm.mlstm_forward.default, arguments)
     with torch.no_grad():
-        h, _, _, _, *saved = torch.ops.hf_xlstm.mlstm_forward(*arguments)
+        h, _, _, *saved = torch.ops.hf_xlstm.mlstm_forward(*arguments)
     tensors = [None if x is None else x.detach() for x in arguments[:10]]
     torch.library.opcheck(
         torch.ops.hf_xlstm.mlstm_backward.default, (h, c.detach(), n.detach(), *tensors, *saved, 0.3, 1e-6)
@@ -168,7 +168,7 @@ def test_operator_contracts(length, packed, save_states):
 def test_step_operator_contract():
     inputs = [x[:, 0] for x in make_inputs(B=1, T=1, H=1, K=8, V=8, dtype=F32)]
     state = make_state(1, 1, 8, 8, dtype=F32)
-    torch.library.opcheck(torch.ops.hf_xlstm.mlstm_step.default, (*inputs, *state, 0.3, 1e-6))
+    torch.library.opcheck(torch.ops.hf_xlstm.mlstm_step.default, (*inputs, *state, None, 0.3, 1e-6))
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_opcheck(options):
 def test_opcheck_step():
     gates, *parameters = make_inputs(D=5, dtype=F32)
     inputs = (gates[:, 0], *parameters, *make_state(D=5, dtype=F32))
-    torch.library.opcheck(torch.ops.hf_xlstm.slstm_step.default, tuple(x.contiguous() for x in inputs))
+    torch.library.opcheck(torch.ops.hf_xlstm.slstm_step.default, (*(x.contiguous() for x in inputs), None))
 
 
 def test_compiles():

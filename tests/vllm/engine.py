@@ -17,6 +17,8 @@ from hf_xlstm import xLSTMForCausalLM
 
 # Float32: what the order of additions may change.
 TOLERANCE = 1e-4
+# ASCII, so that any tokens make a text; space and newline under their names in byte-level vocabularies
+CHARACTERS = ["<pad>", "<s>", "</s>", "Ġ", "Ċ", *map(chr, range(33, 127))]
 
 
 def saved_model(directory: Path, stack: str, **fields) -> tuple[str, xLSTMForCausalLM]:
@@ -27,8 +29,8 @@ def saved_model(directory: Path, stack: str, **fields) -> tuple[str, xLSTMForCau
 
 
 def saved_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """One token per byte, with a chat template."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *sorted(BYTES)])}
+    """One token per character, with a chat template."""
+    vocabulary = {token: i for i, token in enumerate(CHARACTERS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,10 +44,6 @@ def saved_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
     tokenizer.save_pretrained(directory)
     return tokenizer
-
-
-BYTES = pre_tokenizers.ByteLevel.alphabet()
-BYTE_VOCAB_SIZE = 3 + len(BYTES)
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def test_guesses_that_are_accepted_and_some_that_are_not(stack, tmp_path, monkey
 # name in the metadata, and what it is instead
 BUGS = {
     "the state of the neighbour": ("decode_slots", lambda metadata: metadata.decode_blocks[:, 0].roll(1)),
-    "the state of nobody": ("decode_slots", lambda metadata: torch.zeros_like(metadata.decode_blocks[:, 0])),
+    "the state of a block further on": ("decode_slots", lambda metadata: metadata.decode_blocks[:, 0] + 1),
     "written to the neighbour": ("prefill_blocks", lambda metadata: metadata.state_indices_tensor_p.long().roll(1)),
 }
 

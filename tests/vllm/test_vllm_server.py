@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from engine import BYTE_VOCAB_SIZE, saved_model, saved_tokenizer
+from engine import CHARACTERS, saved_model, saved_tokenizer
 
 
 TEXTS = [
@@ -116,7 +116,7 @@ def serving(directory: str, log_path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("served")
-    path, model = saved_model(directory, "conv", vocab_size=BYTE_VOCAB_SIZE)
+    path, model = saved_model(directory, "conv", vocab_size=len(CHARACTERS))
     tokenizer = saved_tokenizer(directory)
 
     def reply(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .numerics import gate_dtype
+from .numerics import gate_dtype, is_readable
 
 
 def mlstm_state_shapes(rows: int, heads: int, key_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
@@ -75,20 +75,23 @@ def check_sequence(x: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"`cu_seqlens` must be on {x.device} like the other inputs, got {cu_seqlens.device}.")
-    if not torch.compiler.is_compiling():  # the values cannot be looked at while tracing
-        _check_bounds(cu_seqlens, length)
+    check_bounds(cu_seqlens, length)
     return cu_seqlens.shape[0] - 1
 
 
-def _check_bounds(cu_seqlens: torch.Tensor, length: int) -> None:
-    """Looks at the values once, not in every layer that gets the same tensor: on a GPU that means to wait for it."""
-    seen = (length, 0 if cu_seqlens.is_inference() else cu_seqlens._version)
-    if getattr(cu_seqlens, "_bounds_seen", None) == seen:
+def check_bounds(cu_seqlens: torch.Tensor, length: int) -> None:
+    """Checks the values of `cu_seqlens`. Reading them from a GPU in every layer would mean to wait for it every time:
+    there the device checks them itself, and ends the program if they are wrong, while Python goes on."""
+    if not is_readable(cu_seqlens):
+        return
+    message = f"`cu_seqlens` must rise from 0 to T = {length}"
+    if not cu_seqlens.is_cpu:
+        rising = (cu_seqlens.diff() >= 0).all()
+        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & rising, message)
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
-        raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}, got {bounds}.")
-    cu_seqlens._bounds_seen = seen
+        raise ValueError(f"{message}, got {bounds}.")
 
 
 def check_state(state, shapes: dict[str, tuple[int, ...]], name: str, x: torch.Tensor) -> None:
@@ -98,3 +101,27 @@ def check_state(state, shapes: dict[str, tuple[int, ...]], name: str, x: torch.T
         _check(f"{name} {part}", tensor, shape, x.device)
         if tensor.dtype != gate_dtype(x.dtype):
             raise ValueError(f"`{name} {part}` must have dtype {gate_dtype(x.dtype)}, got {tensor.dtype}.")
+
+
+def check_inplace(inplace: bool, initial_state: tuple | None) -> None:
+    if inplace and initial_state is None:
+        raise ValueError("`inplace` writes into the tensors of `initial_state`, which must be given.")
+
+
+def check_state_indices(
+    state_indices: torch.Tensor | None, batch: int, state: tuple, inplace: bool, x: torch.Tensor
+) -> int:
+    """Checks the slots of a step; returns the number of state rows. Their values are looked at on a CPU only."""
+    if state_indices is None:
+        return batch
+    if not inplace:
+        raise ValueError("`state_indices` names slots that are written to: it needs `inplace=True`.")
+    _check("state_indices", state_indices, (batch,), x.device)
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`state_indices` must have dtype torch.int32 or torch.int64, got {state_indices.dtype}.")
+    slots = state[0].shape[0] if isinstance(state, tuple) and state else 0
+    if state_indices.is_cpu and is_readable(state_indices):
+        used = [index for index in state_indices.tolist() if index >= 0]
+        if len(used) != len(set(used)) or any(index >= slots for index in used):
+            raise ValueError(f"`state_indices` must be different and less than {slots} slots, got {state_indices}.")
+    return slots

@@ -1,13 +1,13 @@
 """Which implementation of an operator runs: one table, and the choice of `backend="auto"`."""
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 
 import torch
 
 from . import BACKENDS
+from .environment import backend_override
 from .mlstm.eager import mlstm_chunkwise, mlstm_step_torch
 from .mlstm.reference import mlstm_recurrent, mlstm_step_reference
 from .slstm.eager import slstm_step_torch, slstm_torch
@@ -61,8 +61,9 @@ def backend_and_reason(op: str, backend: str, *inputs: torch.Tensor) -> tuple[st
     do what it is asked to.
     """
     asked = "asked for by `backend`"
-    if backend == "auto" and "HF_XLSTM_BACKEND" in os.environ:
-        backend, asked = os.environ["HF_XLSTM_BACKEND"], "asked for by HF_XLSTM_BACKEND"
+    override = backend_override() if backend == "auto" else None
+    if override is not None:
+        backend, asked = override, "asked for by HF_XLSTM_BACKEND"
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend in ("torch", "reference"):

@@ -1,7 +1,6 @@
 """What the Triton launchers of both cells share: which GPUs, tile sizes, strides and types they know."""
 
 import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -53,15 +52,6 @@ class Tiles(NamedTuple):
         return options
 
 
-def save_states() -> bool:
-    """Whether the mLSTM's training passes keep the chunk states for the backward pass (`HF_XLSTM_SAVE_STATES=1`)
-    instead of computing them again.
-
-    For 65,536 tokens, 8 heads of 256 x 512 and bfloat16 that saves moving 1.9 GB and takes 1.1 GB of memory.
-    """
-    return os.environ.get("HF_XLSTM_SAVE_STATES") == "1"
-
-
 def unsupported_reason(x: torch.Tensor, *head_dims: int) -> str | None:
     """Why tensors like this one, with heads of these dims, cannot run here, or None."""
     if x.device.type != "cuda" and not INTERPRETED:
@@ -101,6 +91,22 @@ def strides(**tensors: torch.Tensor | None) -> dict[str, int]:
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def state_rows(
+    state: tuple[torch.Tensor, ...], state_indices: torch.Tensor | None, same_stride: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """A state to be updated in place, in tensors whose rows are dense, with the same stride in all of them if the
+    kernel knows one only. Others are copied, unless they are a pool: a pool of another layout raises ValueError."""
+    dense_rows = all(x[:1].is_contiguous() for x in state)
+    if dense_rows and not (same_stride and len({x.stride(0) for x in state}) > 1):
+        return state
+    if state_indices is not None:
+        layouts = ", ".join(f"{tuple(x.shape)} with strides {x.stride()}" for x in state)
+        raise ValueError(
+            f"The slots of a pool must be contiguous{', equally far apart' * same_stride}: got {layouts}."
+        )
+    return tuple(x.contiguous() for x in state)
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:

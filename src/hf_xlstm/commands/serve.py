@@ -19,17 +19,19 @@ def run(args: argparse.Namespace) -> None:
     if key is None and args.host not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: anybody who reaches {args.host} can use the model: give an API key", file=sys.stderr)
 
-    import transformers
     import typer
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    import hf_xlstm
+    import hf_xlstm  # noqa: F401  the server finds the model's class by its name in Transformers
 
-    from .helpers.serving import protect
+    from .helpers.serving import batch, protect
 
-    # the server looks for the model's class by its name in Transformers, where another one has that name
-    transformers.xLSTMForCausalLM = hf_xlstm.xLSTMForCausalLM
+    if "--continuous-batching" in args.others:
+        try:
+            batch(args.states, args.state_bytes)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{args.states or '--state-bytes'}: {error}") from error
     build = server.build_server
     server.build_server = lambda *args_, **kwargs: protect(build(*args_, **kwargs), args.model, key)
     sys.argv[1:] = [*([args.model] if args.model else []), "--host", args.host, *args.others]

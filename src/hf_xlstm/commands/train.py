@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -354,6 +355,10 @@ def train(
     if not over:  # else it was ended between its last step and the results
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is any of the three
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise UserError(f"{work}: cannot write a checkpoint: {error}") from error
         finally:
             control.close()
     steps = progress.steps

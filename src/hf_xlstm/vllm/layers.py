@@ -97,16 +97,7 @@ class MLSTMCell(StatefulLayer):
         return h[0], state
 
     def step(self, inputs: Tensors, pools: Tensors, slots: torch.Tensor) -> torch.Tensor:
-        return step_at(mlstm_step, inputs, pools, slots, **self.options)
-
-
-def step_at(step, inputs, pools, slots, **options) -> torch.Tensor:
-    blocks = slots.clamp_min(0)
-    state = tuple(x[blocks] for x in pools)
-    h, state = step(*inputs, state, inplace=True, **options)
-    for pool, x in zip(pools, state, strict=True):
-        pool[blocks] = x
-    return h
+        return mlstm_step(*inputs, pools, inplace=True, state_indices=slots, **self.options)[0]
 
 
 class MLSTMLayer(MLSTMCell):
@@ -250,8 +241,8 @@ class SLSTMLayer(StatefulLayer):
         return h[0], state
 
     def step(self, inputs: Tensors, pools: Tensors, slots: torch.Tensor) -> torch.Tensor:
-        weights = (self.recurrent_weight, self.bias)
-        return step_at(slstm_step, (*inputs, *weights), pools, slots, backend=self.backend)
+        weights, options = (self.recurrent_weight, self.bias), {"inplace": True, "state_indices": slots}
+        return slstm_step(*inputs, *weights, pools, backend=self.backend, **options)[0]
 
 
 class FeedForward(nn.Module):

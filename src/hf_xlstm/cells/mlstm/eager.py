@@ -1,10 +1,12 @@
 """The mLSTM in PyTorch: chunkwise-parallel over a sequence with its own backward pass, and one step for decoding.
 
+`chunkwise.py` shows the algorithm by itself, in 40 lines; here it runs without a loop, and with masks and packing.
+
 A sequence is cut into N chunks of L tokens. Inside a chunk every pair of tokens j <= t has the log weight
 D_jt = i_j + log f_{j+1} + ... + log f_t: with its maximum as stabilizer, the chunk is one masked attention. The
-states between chunks obey the same formula one level up: chunk j contributes to the state after chunk t with the log
-weight r_j + g_{j+1} + ... + g_t, where g is a chunk's summed log f and r the stabilizer of its own contribution. So
-all states come from one small matrix product, and no loop runs over chunks or tokens.
+states at the boundaries of chunks obey the same formula one level up: chunk j contributes to the state after chunk t
+with the log weight r_j + g_{j+1} + ... + g_t, where g is a chunk's summed log f and r the stabilizer of its own
+contribution. So all states come from one small matrix product, and no loop runs over chunks or tokens.
 
 Every sum of log f over an interval is formed as such, never as a difference of two longer sums: that keeps the digits
 that matter, and an exactly closed forget gate (log f = -inf) is a reset, not a NaN.
@@ -13,12 +15,22 @@ Products run in the input dtype, except the scores q k^T: they also make up the 
 states, sums and denominators are float32, or float64 for float64 input.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..numerics import gate_dtype, log_forget_gate
+from ..numerics import (
+    first_derivatives_only,
+    gate_dtype,
+    is_legacy_batched,
+    is_readable,
+    log_forget_gate,
+    without_autocast,
+)
+from ..slots import step_in_slots
 from .reference import MLSTMState, stabilizer
 
 
@@ -31,14 +43,14 @@ NO_STEP = (0.0, 0.0, 0.0, 0.0, -torch.inf)
 
 
 class ChunkOrder(NamedTuple):
-    """Where initial states and chunks stand in the sequence of E state contributions, and whom they end in.
+    """Places of the initial states and the chunks among the E = S + N contributions to the states at boundaries.
 
     Unpacked, one initial state is followed by all chunks; packed, each document's initial state by its own chunks.
     """
 
-    initial: torch.Tensor  # (S,) places of the S initial states
-    chunk: torch.Tensor  # (N,) places of the chunks; the state a chunk starts from is that of the place before
-    final: torch.Tensor  # (S,) places of the final states
+    initial: torch.Tensor  # (S,) places of the initial states
+    chunk: torch.Tensor  # (N,) places of the chunks; a chunk starts from the state after the place before
+    final: torch.Tensor  # (S,) places after which the final states are read
 
     @classmethod
     def unpacked(cls, num_chunks: int, device: torch.device) -> "ChunkOrder":
@@ -46,11 +58,53 @@ class ChunkOrder(NamedTuple):
         return cls(place[:1], place[1:], place[-1:])
 
 
+class Weights(NamedTuple):
+    """All weights of the chunkwise form, which the gates alone decide, and the stabilizers they are relative to."""
+
+    in_chunk: torch.Tensor  # (B, H, N, L_j, L_t) of token j for the output of token t
+    from_state: torch.Tensor  # (B, H, N, L) of the state before the chunk for the output of token t
+    into_state: torch.Tensor  # (B, H, N, L) of token j in what its chunk contributes to the state
+    between: torch.Tensor  # (B, H, E_j, E_t) of contribution j in the state after place t
+    m: torch.Tensor  # (B, H, N, L) stabilizer of each output
+    m_state: torch.Tensor  # (B, H, E) stabilizer of the state after each place
+
+    @classmethod
+    def of(cls, log_f, igate, m0, order: ChunkOrder, m: torch.Tensor | None = None) -> "Weights":
+        """log_f, igate (B, H, N, L), m0 (B, H, S). The backward pass gives the m it remembers."""
+        log_in_chunk = _interval_weights(log_f, igate)
+        log_max = _finite(log_in_chunk.amax(-2))
+        # the last column leads to the state after the chunk
+        into_state = torch.exp(log_in_chunk[..., -1] - log_max[..., -1:])
+        log_decay = log_f.cumsum(-1)  # from the chunk's start
+
+        places = order.initial.shape[0] + order.chunk.shape[0]
+        g = log_f.new_full((*m0.shape[:2], places), -torch.inf)  # an initial state starts afresh
+        g = g.index_copy(-1, order.chunk, log_decay[..., -1])
+        r = torch.zeros_like(g).index_copy(-1, order.initial, m0)
+        r = r.index_copy(-1, order.chunk, log_max[..., -1])
+        log_between = _interval_weights(g, r)
+        m_state = _finite(log_between.amax(-2))
+        between = torch.exp(log_between - m_state[..., None, :])
+
+        log_from_state = log_decay + m_state.index_select(-1, order.chunk - 1)[..., None]
+        if m is None:
+            m = torch.maximum(log_from_state, log_max)
+        in_chunk = log_in_chunk.sub_(m[..., None, :]).exp_()
+        return cls(in_chunk, torch.exp(log_from_state - m), into_state, between, m, m_state)
+
+    def crossing(self, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The weights `between` of some places in the states after others, (B, H, sources, targets)."""
+        return self.between.index_select(-2, sources).index_select(-1, targets)
+
+
 def _interval_weights(log_f: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
     """(..., L), (..., L) to (..., L, L): entry (j, t) is igate_j + log_f_{j+1} + ... + log_f_t; -inf for j > t."""
     length = log_f.shape[-1]
     terms = log_f[..., None, :].expand(*log_f.shape, length).triu(1)
-    terms.diagonal(dim1=-2, dim2=-1).copy_(igate)
+    if torch.compiler.is_compiling():  # what runs an exported graph may know no view of a diagonal
+        terms = torch.where(torch.eye(length, dtype=torch.bool, device=log_f.device), igate[..., None], terms)
+    else:
+        terms.diagonal(dim1=-2, dim2=-1).copy_(igate)
     below = torch.ones(length, length, dtype=torch.bool, device=log_f.device).tril_(-1)
     return terms.cumsum(-1).masked_fill_(below, -torch.inf)
 
@@ -81,53 +135,170 @@ def _bmm_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor,
     return torch.baddbmm(torch.bmm(c, d), a, b)
 
 
+class _Chunks(NamedTuple):
+    """The inputs of the chunkwise form in chunk layout, the weights, and the states at the boundaries."""
+
+    q: torch.Tensor  # (B, H, N, L, K) in the gate dtype, scaled
+    k: torch.Tensor  # (B, H, N, L, K) in the gate dtype
+    v: torch.Tensor  # (B, H, N, L, V)
+    weights: Weights
+    c_chunk: torch.Tensor  # (B, H, N, K, V) what each chunk contributes to the state
+    n_chunk: torch.Tensor  # (B, H, N, K)
+    c_before: torch.Tensor  # (B, H, N, K, V) the state before each chunk
+    n_before: torch.Tensor  # (B, H, N, K)
+
+    @classmethod
+    def of(cls, q, k, v, log_f, igate, c0, n0, m0, order, scale: float, chunk_size: int, m=None) -> "_Chunks":
+        dtype, gates = q.dtype, gate_dtype(q.dtype)
+        q, k, v, log_f, igate = (_to_chunks(x, chunk_size) for x in (q, k, v, log_f, igate))
+        q, k, v = torch.mul(q.to(gates), scale).contiguous(), k.to(gates).contiguous(), v.contiguous()
+        weights = Weights.of(log_f, igate, m0, order, m)
+        k_into = k * weights.into_state[..., None]
+        c_chunk, n_chunk = _bmm(k_into.mT, v, dtype), k_into.sum(-2)
+        before = _scan_states(weights, order, order.chunk - 1, c_chunk, n_chunk, c0, n0)
+        return cls(q, k, v, weights, c_chunk, n_chunk, *before)
+
+
+def _scan_states(weights: Weights, order: ChunkOrder, places: torch.Tensor, c_chunk, n_chunk, c0, n0):
+    """States c (B, H, P, K, V) and n (B, H, P, K) after the given places: weighted sums of all contributions."""
+    from_chunk = weights.crossing(order.chunk, places).mT
+    c, n = from_chunk @ c_chunk.flatten(-2), from_chunk @ n_chunk
+    if c0 is not None:
+        from_initial = weights.crossing(order.initial, places).mT
+        c, n = c + from_initial @ c0.flatten(-2), n + from_initial @ n0
+    return c.unflatten(-1, c_chunk.shape[-2:]), n
+
+
+def _scan_states_backward(
+    weights: Weights, order: ChunkOrder, c_chunk, n_chunk, c0, n0, dc_before, dn_before, dc_final, dn_final
+):
+    """Gradients of the initial states, of the chunks' contributions, and of each chunk's summed log f, from those of
+    the states before the chunks and of the final states."""
+    before = order.chunk - 1
+    dc_before, dc_final = dc_before.flatten(-2), dc_final.flatten(-2)
+    dlog = torch.zeros_like(weights.between)
+
+    def back(sources, c, n):
+        to_before, to_final = weights.crossing(sources, before), weights.crossing(sources, order.final)
+        flat = c.flatten(-2)
+        dlog[..., sources[:, None], before] = to_before * (flat @ dc_before.mT + n @ dn_before.mT)
+        dlog[..., sources[:, None], order.final] = to_final * (flat @ dc_final.mT + n @ dn_final.mT)
+        dc = to_before @ dc_before + to_final @ dc_final
+        return dc.unflatten(-1, c.shape[-2:]), to_before @ dn_before + to_final @ dn_final
+
+    dc_chunk, dn_chunk = back(order.chunk, c_chunk, n_chunk)
+    dc0, dn0 = (None, None) if c0 is None else back(order.initial, c0, n0)
+    # g_e lies between the places j < e <= t
+    dg = dlog.flip(-1).cumsum(-1).flip(-1).triu(1).sum(-2)
+    return dc0, dn0, dc_chunk, dn_chunk, dg[..., order.chunk]
+
+
+def _join_rows(apply: Callable, rows: int, in_dims: Sequence[int | None], tensors: Sequence, order_dims, *options):
+    """`vmap` of the Functions below: the rows it runs over are further rows of the batch.
+
+    `tensors` have the batch as first dimension; `options` are the order and numbers. Returns the outputs and the
+    dimension in which the rows stand in them."""
+    if any(dim is not None for dim in order_dims):
+        raise NotImplementedError("`mlstm` cannot run under vmap over `cu_seqlens`: rows would have other shapes.")
+    tensors = [
+        x if x is None else x.expand(rows, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+    outputs = apply(*(x if x is None else x.flatten(0, 1) for x in tensors), *options)
+    return tuple(x if x is None else x.unflatten(0, (rows, -1)) for x in outputs), 0
+
+
+def _join_legacy_rows(apply: Callable, tensors: Sequence, *options):
+    """As `_join_rows`, for `torch.autograd.grad(is_grads_batched=True)`: its tensors, of an older kind, call no `vmap`
+    and know few operations. They are taken apart here, and put together again."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    dims = [0 if x is not None and is_legacy_batched(x) else None for x in tensors]
+    tensors = [
+        x if dim is None else torch._remove_batch_dim(x, level, 1, dim) for x, dim in zip(tensors, dims, strict=True)
+    ]
+    rows = next(len(x) for x, dim in zip(tensors, dims, strict=True) if dim == 0)
+    outputs, dim = _join_rows(apply, rows, dims, tensors, (), *options)
+    return tuple(x if x is None else torch._add_batch_dim(x, dim, level) for x in outputs)
+
+
 class _Chunkwise(torch.autograd.Function):
-    """T a multiple of L. Shapes: q, k (B, T, H, K), v (B, T, H, V), log_f, igate (B, T, H), c0 (B, H, S, K, V),
-    n0 (B, H, S, K), m0 (B, H, S) with S = 1 unpacked, B = 1 packed. Returns h (B, T, H, V) and the final c, n, m."""
+    """The chunkwise form for T = N L, and the stabilizers it used.
+
+    Shapes: q, k (B, T, H, K), v (B, T, H, V), log_f, igate (B, T, H), c0 (B, H, S, K, V), n0 (B, H, S, K),
+    m0 (B, H, S), with S = 1 unpacked, B = 1 packed. Returns h (B, T, H, V), the final c, n, m, and for the backward
+    pass the normalizer s and the stabilizer m of each output, (B, H, N, L)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_f, igate, c0, n0, m0, order, scale, eps, chunk_size):
-        with torch.autocast(q.device.type, enabled=False):
-            x = _Chunks(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size)
-            inner, carry, m = x.read_out_weights()
-            weights = (x.k @ x.q.mT).mul_(inner)  # [L_j, L_t]
-            s = weights.sum(-2).add_(carry * (x.q @ x.n_before[..., None]).squeeze(-1))
+    def forward(q, k, v, log_f, igate, c0, n0, m0, order, scale, eps, chunk_size):
+        with without_autocast(q.device):
+            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size)
+            in_chunk, from_state, m = x.weights.in_chunk, x.weights.from_state, x.weights.m
+            scores = (x.k @ x.q.mT).mul_(in_chunk)  # [L_j, L_t]
+            s = scores.sum(-2).add_(from_state * (x.q @ x.n_before[..., None]).squeeze(-1))
             # divided before the products, which then need no second pass
             denominator = torch.maximum(s.abs(), torch.exp(-m)).add_(eps)
-            weights.div_(denominator[..., None, :])
-            q_carry = x.q * (carry / denominator)[..., None]
-            h = _bmm_add(weights.mT, x.v, q_carry, x.c_before, x.dtype).view_as(x.v)
-            h = _from_chunks(h, v.dtype)
-            c, n, m_final = x.final_state()
-        ctx.save_for_backward(q, k, v, log_f, igate, c0, n0, m0, *order, h, s, m)
-        ctx.scale, ctx.eps, ctx.chunk_size = scale, eps, chunk_size
-        ctx.mark_non_differentiable(m_final)
-        return h, c, n, m_final
+            scores.div_(denominator[..., None, :])
+            q_state = x.q * (from_state / denominator)[..., None]
+            h = _bmm_add(scores.mT, x.v, q_state, x.c_before, q.dtype).view_as(x.v)
+            c, n = _scan_states(x.weights, order, order.final, x.c_chunk, x.n_chunk, c0, n0)
+            m_final = x.weights.m_state.index_select(-1, order.final)
+        return _from_chunks(h, v.dtype), c, n, m_final, s, m
 
     @staticmethod
-    def backward(ctx, dh, dc_final, dn_final, _):
-        """With the stabilizers held constant (they cancel), and P, S the weights and scores of the forward pass:
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.order, ctx.scale, ctx.eps, ctx.chunk_size = inputs
+        h, _, _, m_final, s, m = output
+        ctx.save_for_backward(*tensors, h, s, m)
+        ctx.mark_non_differentiable(m_final, s, m)
 
-            g_t = dh_t / den_t,  ds_t = -sign(s_t) h_t g_t where |s_t| is the larger,  E_jt = (v_j g_t + ds_t) P_jt
+    @staticmethod
+    def backward(ctx, dh, dc_final, dn_final, *_):
+        inputs = (dh, dc_final, dn_final, *ctx.saved_tensors)
+        options = ctx.order, ctx.scale, ctx.eps, ctx.chunk_size
+        if torch.compiler.is_compiling():  # there, PyTorch itself refuses second derivatives
+            grads = _ChunkwiseGradient.forward(*inputs, *options)
+        elif any(map(is_legacy_batched, inputs[:3])):
+            grads = _join_legacy_rows(_ChunkwiseGradient.apply, inputs, *options)
+        else:
+            grads = _ChunkwiseGradient.apply(*inputs, *options)
+        return *grads, None, None, None, None, None
 
-        ds is the normalizer's gradient: n_t acts like one more column of the state, with g = ds.
-        """
-        q, k, v, log_f, igate, c0, n0, m0, *order, h, s, m = ctx.saved_tensors
-        order = ChunkOrder(*order)
-        with torch.autocast(q.device.type, enabled=False):
-            x = _Chunks(q, k, v, log_f, igate, c0, n0, m0, order, ctx.scale, ctx.chunk_size)
-            bmm = lambda a, b: _bmm(a, b, x.dtype)  # noqa: E731
-            inner, carry, _ = x.read_out_weights(m)
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _join_rows(_Chunkwise.apply, info.batch_size, in_dims[:8], inputs[:8], in_dims[8], *inputs[8:])
+
+
+class _ChunkwiseGradient(torch.autograd.Function):
+    """The backward pass of `_Chunkwise`: gradients of q, k, v, log_f, igate, c0, n0.
+
+    With the stabilizers held constant (they cancel), and P, S the weights and scores of the forward pass:
+
+        g_t = dh_t / den_t,  ds_t = -sign(s_t) h_t g_t where |s_t| is the larger,  E_jt = (v_j g_t + ds_t) P_jt
+
+    ds is the normalizer's gradient: n_t acts like one more column of the state, with g = ds.
+    """
+
+    @staticmethod
+    def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, m, order, scale, eps, chunk_size):
+        with without_autocast(q.device):
+            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size, m)
+            bmm = lambda a, b: _bmm(a, b, q.dtype)  # noqa: E731
+            in_chunk, from_state, into_state = (
+                x.weights.in_chunk,
+                x.weights.from_state[..., None],
+                x.weights.into_state[..., None],
+            )
             floor = torch.exp(-m)
-            h, g = (_to_chunks(y, ctx.chunk_size).to(s.dtype) for y in (h, dh))
-            g = g / torch.maximum(s.abs(), floor).add_(ctx.eps)[..., None]
+            h, g = (_to_chunks(y, chunk_size).to(s.dtype) for y in (h, dh))
+            g = g / torch.maximum(s.abs(), floor).add_(eps)[..., None]
             ds = torch.where(s.abs() > floor, -s.sign() * (h * g).sum(-1), 0)
 
             # inside chunks; gate gradients are row and column sums of the gradient by the log weights. The diagonal,
             # where no forget gate lies between, would cancel in their difference and bury the rest: it is kept apart.
             scores = bmm(x.k, x.q.mT)
-            error = bmm(x.v, g.mT).add_(ds[..., None, :]).mul_(inner)
-            dv = bmm(scores * inner, g)
+            error = bmm(x.v, g.mT).add_(ds[..., None, :]).mul_(in_chunk)
+            dv = bmm(scores * in_chunk, g)
             dq, dk = bmm(error.mT, x.k), bmm(error, x.q)
             dlog = error.mul_(scores)
             diagonal = dlog.diagonal(dim1=-2, dim2=-1)
@@ -136,101 +307,43 @@ class _Chunkwise(torch.autograd.Function):
             by_query, by_key = dlog.sum(-2), dlog.sum(-1)
 
             # from the state before each chunk
-            q_carry = x.q * carry[..., None]
-            dq_carry = (bmm(g, x.c_before.mT) + ds[..., None] * x.n_before[..., None, :]) * carry[..., None]
-            dq += dq_carry
-            dc_before = bmm(q_carry.mT, g)
-            dn_before = (q_carry.mT @ ds[..., None]).squeeze(-1)
+            q_state = x.q * from_state
+            dq_state = (bmm(g, x.c_before.mT) + ds[..., None] * x.n_before[..., None, :]) * from_state
+            dq += dq_state
+            dc_before = bmm(q_state.mT, g)
+            dn_before = (q_state.mT @ ds[..., None]).squeeze(-1)
 
             # into the states after each chunk
-            dc0, dc_chunk, dn0, dn_chunk, dg = x.scan_backward(dc_before, dn_before, dc_final, dn_final)
-            dk_carry = (bmm(x.v, dc_chunk.mT) + dn_chunk[..., None, :]) * x.into[..., None]
-            dk += dk_carry
-            dv += bmm(x.k * x.into[..., None], dc_chunk)
+            dc0, dn0, dc_chunk, dn_chunk, dg = _scan_states_backward(
+                x.weights, order, x.c_chunk, x.n_chunk, c0, n0, dc_before, dn_before, dc_final, dn_final
+            )
+            dk_state = (bmm(x.v, dc_chunk.mT) + dn_chunk[..., None, :]) * into_state
+            dk += dk_state
+            dv += bmm(x.k * into_state, dc_chunk)
 
             # log f_t lies between all pairs j < t <= s: token to token, state to token, token to state, state to state
-            from_state, to_state = (x.q * dq_carry).sum(-1), (x.k * dk_carry).sum(-1)
-            later = (by_query - by_key + from_state).flip(-1).cumsum(-1).flip(-1)
-            earlier = F.pad(to_state.cumsum(-1)[..., :-1], (1, 0))
+            from_before, to_after = (x.q * dq_state).sum(-1), (x.k * dk_state).sum(-1)
+            later = (by_query - by_key + from_before).flip(-1).cumsum(-1).flip(-1)
+            earlier = F.pad(to_after.cumsum(-1)[..., :-1], (1, 0))
             dlog_f = later + earlier + dg[..., None]
-            digate = by_key + by_itself + to_state
+            digate = by_key + by_itself + to_after
 
-        grads = [_from_chunks(d, y.dtype) for d, y in ((dq.mul_(ctx.scale), q), (dk, k), (dv, v))]
+        grads = [_from_chunks(d, y.dtype) for d, y in ((dq.mul_(scale), q), (dk, k), (dv, v))]
         gates = [_from_chunks(d, y.dtype) for d, y in ((dlog_f, log_f), (digate, igate))]
-        return *grads, *gates, dc0, dn0, None, None, None, None, None
+        return *grads, *gates, dc0, dn0
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
-class _Chunks:
-    """The inputs in chunk layout (B, H, N, L, ...) and the state before every chunk."""
+    @staticmethod
+    def backward(ctx, *_):
+        first_derivatives_only("mlstm", "torch")
 
-    def __init__(self, q, k, v, log_f, igate, c0, n0, m0, order: ChunkOrder, scale: float, chunk_size: int):
-        self.dtype, gates = q.dtype, gate_dtype(q.dtype)
-        q, k, v, log_f, igate = (_to_chunks(x, chunk_size) for x in (q, k, v, log_f, igate))
-        self.q = torch.mul(q.to(gates), scale).contiguous()
-        self.k, self.v = k.to(gates).contiguous(), v.contiguous()
-        self.c0, self.n0, self.order = c0, n0, order
-
-        # weights inside each chunk; its last column leads to the state after the chunk
-        self.log_weights = _interval_weights(log_f, igate)  # [L_j, L_t]
-        self.log_decay = log_f.cumsum(-1)  # from the chunk's start
-        self.log_max = _finite(self.log_weights.amax(-2))
-        self.into = torch.exp(self.log_weights[..., -1] - self.log_max[..., -1:])
-        k_into = self.k * self.into[..., None]
-        self.c_chunk = _bmm(k_into.mT, self.v, self.dtype)
-        self.n_chunk = k_into.sum(-2)
-
-        # the same one level up: E contributions, initial states and chunks, to the states after each of them
-        places = order.initial.shape[0] + order.chunk.shape[0]
-        g = log_f.new_full((*m0.shape[:2], places), -torch.inf)  # an initial state starts afresh
-        g[..., order.chunk] = self.log_decay[..., -1]
-        r = torch.empty_like(g)
-        r[..., order.initial], r[..., order.chunk] = m0, self.log_max[..., -1]
-        log_weights = _interval_weights(g, r)
-        self.m = _finite(log_weights.amax(-2))
-        self.scan = torch.exp(log_weights - self.m[..., None, :])  # [E_j, E_t]
-        self.c_before, self.n_before = self._states(order.chunk - 1)
-
-    def _scan_block(self, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.scan.index_select(-2, sources).index_select(-1, targets)
-
-    def _states(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c (B, H, P, K, V) and n (B, H, P, K) after the given places."""
-        from_chunk = self._scan_block(self.order.chunk, places).mT
-        c, n = from_chunk @ self.c_chunk.flatten(-2), from_chunk @ self.n_chunk
-        if self.c0 is not None:
-            from_initial = self._scan_block(self.order.initial, places).mT
-            c, n = c + from_initial @ self.c0.flatten(-2), n + from_initial @ self.n0
-        return c.unflatten(-1, self.c_chunk.shape[-2:]), n
-
-    def final_state(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return *self._states(self.order.final), self.m[..., self.order.final]
-
-    def read_out_weights(self, m: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The weights of earlier tokens [L_j, L_t] and of the state before the chunk [L_t], and their stabilizer m."""
-        log_carry = self.log_decay + self.m[..., self.order.chunk - 1, None]
-        if m is None:
-            m = torch.maximum(log_carry, self.log_max)
-        return self.log_weights.sub_(m[..., None, :]).exp_(), torch.exp(log_carry - m), m
-
-    def scan_backward(self, dc_before, dn_before, dc_final, dn_final):
-        """Gradients of the initial states, of the chunks' contributions, and of each chunk's summed log f."""
-        order, before = self.order, self.order.chunk - 1
-        dc_before, dc_final = dc_before.flatten(-2), dc_final.flatten(-2)
-        dlog = torch.zeros_like(self.scan)
-
-        def back(sources, c, n):
-            c = c.flatten(-2)
-            to_before, to_final = self._scan_block(sources, before), self._scan_block(sources, order.final)
-            dlog[..., sources[:, None], before] = to_before * (c @ dc_before.mT + n @ dn_before.mT)
-            dlog[..., sources[:, None], order.final] = to_final * (c @ dc_final.mT + n @ dn_final.mT)
-            dc = to_before @ dc_before + to_final @ dc_final
-            return dc.unflatten(-1, self.c_chunk.shape[-2:]), to_before @ dn_before + to_final @ dn_final
-
-        dc_chunk, dn_chunk = back(order.chunk, self.c_chunk, self.n_chunk)
-        dc0, dn0 = (None, None) if self.c0 is None else back(order.initial, self.c0, self.n0)
-        # g_e lies between the places j < e <= t
-        crossing = dlog.flip(-1).cumsum(-1).flip(-1).triu(1).sum(-2)
-        return dc0, dc_chunk, dn0, dn_chunk, crossing[..., order.chunk]
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        apply, rows = _ChunkwiseGradient.apply, info.batch_size
+        return _join_rows(apply, rows, in_dims[:14], inputs[:14], in_dims[14], *inputs[14:])
 
 
 def mlstm_chunkwise(
@@ -249,52 +362,117 @@ def mlstm_chunkwise(
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """The sequence, all chunks at once; shapes as in `hf_xlstm.ops.mlstm`."""
-    batch, length = q.shape[:2]
+    length, exporting = q.shape[1], torch.compiler.is_exporting()
     chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
     if not torch.compiler.is_compiling():  # there, one graph for all lengths
         chunk_size = min(chunk_size, length)
-    if cu_seqlens is None and length > MAX_CHUNKS * chunk_size:
+    if cu_seqlens is None and not exporting and length > MAX_CHUNKS * chunk_size:
         return _piecewise(
             q, k, v, igate, fgate, initial_state, output_final_state, mask, scale=scale, eps=eps, chunk_size=chunk_size
         )
-    out_dtype = v.dtype
-    if q.dtype == torch.float16:  # too narrow for the states, and very slow on CPUs
-        q, k, v = q.float(), k.float(), v.float()
-    igate, log_f = igate.to(gate_dtype(q.dtype)), log_forget_gate(fgate.to(gate_dtype(q.dtype)))
-    if mask is not None:  # a masked step adds nothing to the state and keeps all of it
-        igate = torch.where(mask[..., None], igate, -torch.inf)
-        log_f = torch.where(mask[..., None], log_f, 0.0)
 
-    inputs = (q, k, v, log_f, igate)
-    if cu_seqlens is None:
-        chunks = (length + chunk_size - 1) // chunk_size
-        padding = chunks * chunk_size - length
-        order = ChunkOrder.unpacked(chunks, q.device)
-        # a slice instead would make compiled code depend on whether T is a multiple of the chunk
-        slots = torch.arange(length, device=q.device) if torch.compiler.is_compiling() else None
-        if torch.compiler.is_compiling() or padding:
-            inputs = tuple(
-                F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill) for x, fill in zip(inputs, NO_STEP)
-            )
-        states = None if initial_state is None else tuple(x.unsqueeze(2) for x in initial_state)
+    inputs = _prepare(q, k, v, igate, fgate, mask)
+    if cu_seqlens is not None:
+        inputs, order, slots = _cut_packed(inputs, cu_seqlens, chunk_size)
+    elif torch.compiler.is_compiling():
+        inputs, order, slots = _cut_traced(inputs, chunk_size)
     else:
-        order, slots = _packed_order(cu_seqlens, length, chunk_size)
-        size = order.chunk.shape[0] * chunk_size
-        inputs = tuple(
-            x.new_full((batch, size, *x.shape[2:]), fill).index_copy(1, slots, x) for x, fill in zip(inputs, NO_STEP)
-        )
-        states = None if initial_state is None else tuple(x.transpose(0, 1).unsqueeze(0) for x in initial_state)
-    c0, n0, m0 = states or (None, None, log_f.new_zeros(batch, q.shape[2], order.initial.shape[0]))
+        inputs, order, slots = _cut(inputs, chunk_size)
+    if initial_state is None:
+        state = None, None, inputs[3].new_zeros(q.shape[0], q.shape[2], order.initial.shape[0])
+    elif cu_seqlens is None:
+        state = (x.unsqueeze(2) for x in initial_state)
+    else:
+        state = (x.transpose(0, 1).unsqueeze(0) for x in initial_state)
 
-    h, c, n, m = _Chunkwise.apply(*inputs, c0, n0, m0, order, scale, eps, chunk_size)
-    h = (h[:, :length] if slots is None else h.index_select(1, slots)).to(out_dtype)
+    # an exported graph holds plain operations only
+    chunkwise = _Chunkwise.forward if exporting else _Chunkwise.apply
+    h, *final_state, _, _ = chunkwise(*inputs, *state, order, scale, eps, chunk_size)
+    h = _take(h, slots).to(v.dtype)
     if mask is not None:
         h = torch.where(mask[..., None, None], h, 0)
     if not output_final_state:
         return h, None
     if cu_seqlens is None:
-        return h, (c.squeeze(2), n.squeeze(2), m.squeeze(2))
-    return h, tuple(x.squeeze(0).transpose(0, 1) for x in (c, n, m))
+        return h, tuple(x.squeeze(2) for x in final_state)
+    return h, tuple(x.squeeze(0).transpose(0, 1) for x in final_state)
+
+
+def _prepare(q, k, v, igate, fgate, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """q, k, v, log_f and igate in the dtypes they are computed in. A masked step adds nothing to the state and keeps
+    all of it."""
+    if q.dtype == torch.float16:  # too narrow for the states, and very slow on CPUs
+        q, k, v = q.float(), k.float(), v.float()
+    igate, log_f = igate.to(gate_dtype(q.dtype)), log_forget_gate(fgate.to(gate_dtype(q.dtype)))
+    if mask is not None:
+        igate = torch.where(mask[..., None], igate, -torch.inf)
+        log_f = torch.where(mask[..., None], log_f, 0.0)
+    return q, k, v, log_f, igate
+
+
+# Each of the three ways to cut returns the inputs as whole chunks, the order of the chunks, and where the tokens now
+# are: a slice or an index, or None if there are no other steps.
+Cut = tuple[tuple[torch.Tensor, ...], ChunkOrder, slice | torch.Tensor | None]
+
+
+def _cut(inputs: tuple[torch.Tensor, ...], chunk_size: int) -> Cut:
+    """The last chunk is filled up with empty steps where necessary."""
+    length, device = inputs[0].shape[1], inputs[0].device
+    chunks = -(-length // chunk_size)
+    padding = chunks * chunk_size - length
+    order = ChunkOrder.unpacked(chunks, device)
+    return (_pad(inputs, padding), order, slice(0, length)) if padding else (inputs, order, None)
+
+
+def _cut_traced(inputs: tuple[torch.Tensor, ...], chunk_size: int) -> Cut:
+    """As `_cut`, for one graph that serves all lengths: always padded, and read by an index, since a slice would make
+    the graph depend on whether T is a multiple of the chunk. An exported graph has one more, empty chunk: symbolic
+    shapes treat one chunk as a case of its own."""
+    length, device = inputs[0].shape[1], inputs[0].device
+    chunks = (length + chunk_size - 1) // chunk_size + torch.compiler.is_exporting()
+    inputs = _pad(inputs, chunks * chunk_size - length)
+    return inputs, ChunkOrder.unpacked(chunks, device), torch.arange(length, device=device)
+
+
+def _cut_packed(inputs: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor, chunk_size: int) -> Cut:
+    """Every document is cut into chunks of its own; the last one is filled up with empty steps.
+
+    Where the bounds cannot be read without waiting for the device, the number of chunks is an upper bound that
+    depends on shapes alone; the surplus follows the last document and carries its state on.
+    """
+    length = inputs[0].shape[1]
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    documents = starts.shape[0]
+    count = (ends - starts + chunk_size - 1) // chunk_size
+    chunks_before = count.cumsum(0) - count
+    token = torch.arange(length, device=starts.device)
+    document = torch.searchsorted(ends, token, right=True)
+    slots = chunks_before[document] * chunk_size + token - starts[document]
+
+    chunks = int(count.sum()) if count.is_cpu and is_readable(count) else length // chunk_size + documents
+    number = torch.arange(chunks, device=starts.device)
+    document = torch.searchsorted(chunks_before + count, number, right=True).clamp_max(documents - 1)
+    initial = chunks_before + torch.arange(documents, device=starts.device)
+    final = torch.cat([initial[1:], initial.new_full((1,), chunks + documents)]) - 1
+    inputs = tuple(
+        x.new_full((x.shape[0], chunks * chunk_size, *x.shape[2:]), fill).index_copy(1, slots, x)
+        for x, fill in zip(inputs, NO_STEP, strict=True)
+    )
+    return inputs, ChunkOrder(initial, number + document + 1, final), slots
+
+
+def _pad(inputs: tuple[torch.Tensor, ...], padding: int) -> tuple[torch.Tensor, ...]:
+    """The inputs followed by empty steps."""
+    return tuple(
+        F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill) for x, fill in zip(inputs, NO_STEP, strict=True)
+    )
+
+
+def _take(h: torch.Tensor, slots: slice | torch.Tensor | None) -> torch.Tensor:
+    """The outputs (B, T, H, V) of the tokens among those of all steps."""
+    if slots is None:
+        return h
+    return h[:, slots] if isinstance(slots, slice) else h.index_select(1, slots)
 
 
 def _piecewise(q, k, v, igate, fgate, state, output_final_state, mask, chunk_size, **options):
@@ -314,28 +492,6 @@ def _piecewise(q, k, v, igate, fgate, state, output_final_state, mask, chunk_siz
     return torch.cat(outputs, dim=1), state if output_final_state else None
 
 
-def _packed_order(cu_seqlens: torch.Tensor, length: int, chunk_size: int) -> tuple[ChunkOrder, torch.Tensor]:
-    """Cut every document into chunks of its own; the last one is filled up with empty steps.
-
-    Returns the order of the chunks, and each token's place (T,) among all steps. The number of chunks is an upper
-    bound that depends on shapes alone; the surplus follows the last document and carries its state on.
-    """
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    documents = starts.shape[0]
-    count = (ends - starts + chunk_size - 1) // chunk_size
-    chunks_before = count.cumsum(0) - count
-    token = torch.arange(length, device=starts.device)
-    document = torch.searchsorted(ends, token, right=True)
-    slots = chunks_before[document] * chunk_size + token - starts[document]
-
-    row = torch.arange(documents, device=starts.device)
-    number = torch.arange(length // chunk_size + documents, device=starts.device)
-    document = torch.searchsorted(chunks_before + count, number, right=True).clamp_max(documents - 1)
-    initial = chunks_before + row
-    final = torch.cat([initial[1:], initial.new_full((1,), number.shape[0] + documents)]) - 1
-    return ChunkOrder(initial, number + document + 1, final), slots
-
-
 def mlstm_step_torch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -347,8 +503,12 @@ def mlstm_step_torch(
     scale: float,
     eps: float,
     inplace: bool = False,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, MLSTMState]:
     """One step; shapes as in `hf_xlstm.ops.mlstm_step`. The equations stand at `mlstm_recurrent_step`."""
+    if state_indices is not None:
+        step = functools.partial(mlstm_step_torch, scale=scale, eps=eps)
+        return step_in_slots(step, (q, k, v, igate, fgate), state, state_indices)
     c, n, m = state
     igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach()
     m_new = stabilizer(kept, igate)
@@ -363,6 +523,6 @@ def mlstm_step_torch(
         c = torch.addcmul(k[..., None] * v[..., None, :], c, forget[..., None])
         m = m_new
     q = q.to(m.dtype) * scale
-    denominator = torch.maximum((q * n).sum(-1).abs_(), torch.exp(-m_new)).add_(eps)
+    denominator = torch.maximum((q * n).sum(-1).abs(), torch.exp(-m_new)).add_(eps)
     h = (q[..., None, :] @ c).squeeze(-2) / denominator[..., None]
     return h.to(v.dtype), (c, n, m)

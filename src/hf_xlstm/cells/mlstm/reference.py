@@ -4,9 +4,12 @@ This is the definition. Every faster implementation in this folder has the signa
 against it in float64. Dimension letters: B batch, T time, H heads, K query/key head dim, V value head dim.
 """
 
+from functools import partial
+
 import torch
 
-from ..numerics import gate_dtype, log_forget_gate, stored
+from ..numerics import gate_dtype, log_forget_gate, one_after_another, stored
+from ..slots import step_in_slots
 
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # c (B, H, K, V), n (B, H, K), m (B, H)
@@ -79,9 +82,10 @@ def mlstm_recurrent(
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """The sequence, token by token; shapes as in `hf_xlstm.ops.mlstm`. `chunk_size` has no meaning here."""
     if cu_seqlens is not None:
-        return _packed(
-            q, k, v, igate, fgate, initial_state, output_final_state, mask, cu_seqlens, scale=scale, eps=eps
-        )
+        run = partial(mlstm_recurrent, scale=scale, eps=eps)
+        states = zero_mlstm_state(q, v, cu_seqlens.shape[0] - 1) if initial_state is None else initial_state
+        h, final_state = one_after_another(run, (q, k, v, igate, fgate), states, mask, cu_seqlens)
+        return h, final_state if output_final_state else None
     state = zero_mlstm_state(q, v, q.shape[0]) if initial_state is None else initial_state
     outputs = []
     for t in range(q.shape[1]):
@@ -100,28 +104,10 @@ def mlstm_recurrent(
     return torch.stack(outputs, dim=1).to(v.dtype), state if output_final_state else None
 
 
-def _packed(q, k, v, igate, fgate, initial_state, output_final_state, mask, cu_seqlens, **options):
-    """Packed sequences, one after another; an empty one passes its state on."""
-    bounds = cu_seqlens.tolist()
-    states = zero_mlstm_state(q, v, len(bounds) - 1) if initial_state is None else initial_state
-    outputs, final_states = [], []
-    for row, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        state = tuple(s[row : row + 1] for s in states)
-        if start < end:
-            h, state = mlstm_recurrent(
-                *(x[:, start:end] for x in (q, k, v, igate, fgate)),
-                initial_state=state,
-                output_final_state=True,
-                mask=None if mask is None else mask[:, start:end],
-                **options,
-            )
-            outputs.append(h)
-        final_states.append(state)
-    final_state = tuple(torch.cat(s) for s in zip(*final_states)) if output_final_state else None
-    return torch.cat(outputs, dim=1), final_state
-
-
-def mlstm_step_reference(q, k, v, igate, fgate, state, *, scale, eps, inplace=False):
+def mlstm_step_reference(q, k, v, igate, fgate, state, *, scale, eps, inplace=False, state_indices=None):
     """One step; shapes as in `hf_xlstm.ops.mlstm_step`."""
+    if state_indices is not None:
+        step = partial(mlstm_step_reference, scale=scale, eps=eps)
+        return step_in_slots(step, (q, k, v, igate, fgate), state, state_indices)
     h, new_state = mlstm_recurrent_step(q, k, v, igate, fgate, state, scale=scale, eps=eps)
     return h.to(v.dtype), stored(new_state, state, inplace)

@@ -1,4 +1,5 @@
-"""Triton kernels of the mLSTM's backward pass. Notation as in mlstm_triton_kernels.py; m is a constant.
+"""Triton kernels of the mLSTM's backward pass. Notation as in triton_forward.py; m is a constant,
+and the one of the forward pass: s, the final state and its gradients are on the scale of exp(-m), rounded as it was.
 
 Through D_t = max(|s_t|, exp(-m_t)) + eps, the gradient of s_t is x_t / D_t with x_t = -sign(s_t) h_t.dh_t where |s_t|
 is the larger one, else 0. It acts like one more value column: dh gains the entry x_t, v_j the entry 1, C the column n.
@@ -15,7 +16,7 @@ The gradient of log f_t is the sum over all that it decays, G_sj = E_sj q_s.k_j 
     + A (<C, dC'> + <n, dn'>)
 
 Chunk by chunk, because over a whole sequence the rounding errors of such sums outgrow a short memory's gradient.
-Five kernels: rows (r, 1/D), scores (x, scores, E, G), states (dC', dn'), then dq and dk, dv, and last the gates.
+Five kernels: tokens (r, 1/D), scores (x, scores, E, G), states (dC', dn'), then dq and dk, dv, and last the gates.
 """
 
 import triton
@@ -28,9 +29,9 @@ from .triton_tiles import (
     RESET,
     chunk_tokens,
     features,
-    load_boundary,
+    load_key_weights,
     load_live,
-    load_stabilizer,
+    load_state_weights,
     load_tile,
     load_transposed,
     normalizer,
@@ -45,13 +46,12 @@ def token_kernel(
     p_q,
     p_dh,
     p_s,
+    p_m_tokens,
     p_coarse,
     p_fine,
-    p_m_in_chunk,
-    p_reset_count,
+    p_last_reset,
     p_m,
     p_c,
-    p_m_token,  # (B, H, T) m_t
     p_inverse,  # (B, H, T) 1 / D_t
     p_read_weight,  # (B, H, T) r_t
     p_from_state,  # (B, H, T) the part of h_t.dh_t that comes from C
@@ -74,14 +74,14 @@ def token_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What single tokens need: D, r, and of h.dh the part that C contributes, r dh.C^T q, in float32."""
+    """What single tokens need: D, r, and the part of h.dh that C contributes, r dh.C^T q, in float32."""
     pid = tl.program_id(0)
     h = pid % H
     row, start, end = chunk_tokens(pid // H, T, chunks_per_row, p_cu_seqlens, p_first_chunk, p_sequence, L)
     o_l = tl.arange(0, L)
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
@@ -92,16 +92,16 @@ def token_kernel(
         b_h = tl.zeros((L, BV), tl.float32)
         for k in range(0, K, BK):
             o_k = k + tl.arange(0, BK)
-            b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
-            b_c = load_tile(p_c, o_k, o_v, V, o_k < K, o_v < V)
-            b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
+            b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
+            b_c = load_tile(p_c, o_k, o_v, V, o_k < K, o_v < V)  # [BK, BV]
+            b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)  # [L, BV]
         from_state_dh += tl.sum(b_h * load_tile(p_dh, o_l, o_v, H * V, live, o_v < V).to(tl.float32), 1)
 
-    m, from_state = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_reset_count, o_gate, in_t, tl.load(p_m + pid))
+    m = tl.load(p_m_tokens + o_gate, mask=in_t, other=float("inf"))
     s = tl.load(p_s + o_gate, mask=in_t, other=0.0)
     inverse = 1.0 / normalizer(s, m, eps)
-    read_weight = scale * tl.exp(from_state - m) * inverse
-    tl.store(p_m_token + o_gate, m, mask=in_t)
+    a = load_state_weights(p_coarse, p_fine, p_last_reset, p_m, m, o_gate, pid, in_t)  # [L]
+    read_weight = scale * a * inverse
     tl.store(p_inverse + o_gate, inverse, mask=in_t)
     tl.store(p_read_weight + o_gate, read_weight, mask=in_t)
     tl.store(p_from_state + o_gate, read_weight * from_state_dh, mask=in_t)
@@ -113,16 +113,14 @@ def state_gradient_kernel(
     p_dh,
     p_read_weight,
     p_x,
-    p_reset_count,
-    p_chunk_decay,
-    p_m,
-    p_m_next,
-    p_c_start,
-    p_n_start,
+    p_last_reset,
+    p_log_decay,
+    p_c_start,  # (sequences, H, K, V) gradient of the state after the last chunk, or None for zero
+    p_n_start,  # (sequences, H, K)
     p_c,  # (chunks, H, K, V) gradient of the state that each chunk hands on, or None
     p_n,  # (chunks, H, K)
-    p_c_end,
-    p_n_end,
+    p_c_end,  # (sequences, H, K, V) gradient of the state before the first chunk, or None
+    p_n_end,  # (sequences, H, K)
     p_decay_product,  # (sequences, H) the product of all A, or None
     p_cu_seqlens,
     p_first_chunk,
@@ -142,7 +140,8 @@ def state_gradient_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The way of state_kernel backwards: from the last chunk to the first."""
+    """The recurrence of state_kernel backwards, from the last chunk to the first. The arguments have the names that
+    they have there, so that one launcher serves both; what they hold are the gradients of C and n."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -176,15 +175,15 @@ def state_gradient_kernel(
             tl.store(p_n + o_chunk * K + o_k, b_dn, mask=owns_n)
         in_t = start + o_l < end
         o_gate = (row * H + h) * T + start + o_l
-        live = load_live(p_reset_count, o_gate, in_t)
+        live = load_live(p_last_reset, o_gate, in_t)
         read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
         x = tl.load(p_x + o_gate, mask=in_t, other=0.0)
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
         b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k).to(tl.float32) * read_weight[None, :]
         b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)
-        decay, _ = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
-        b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)
-        b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)
+        decay = tl.exp(tl.load(p_log_decay + o_chunk))
+        b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)  # [BK, BV]
+        b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)  # [BK]
         decay_product *= decay
 
     if p_c_end is not None:
@@ -203,8 +202,8 @@ def score_gradient_kernel(
     p_coarse,
     p_fine,
     p_log_i,
-    p_reset_count,
-    p_m_token,
+    p_last_reset,
+    p_m_tokens,
     p_inverse,
     p_from_state,
     p_s,
@@ -245,28 +244,28 @@ def score_gradient_kernel(
     o_l = tl.arange(0, L)
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_v = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
     b_e = tl.zeros((L, L), tl.float32)
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
-        b_dh = load_tile(p_dh, o_l, o_v, H * V, live, o_v < V)
-        b_v = load_transposed(p_v, o_l, o_v, stride_vt, live, o_v < V)
-        b_e = tl.dot(b_dh.to(DOT), b_v.to(DOT), acc=b_e, input_precision=PRECISION)
+        b_dh = load_tile(p_dh, o_l, o_v, H * V, live, o_v < V)  # [L, BV]
+        b_v = load_transposed(p_v, o_l, o_v, stride_vt, live, o_v < V)  # [BV, L]
+        b_e = tl.dot(b_dh.to(DOT), b_v.to(DOT), acc=b_e, input_precision=PRECISION)  # [L, L]
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
     b_s = tl.zeros((L, L), tl.float32)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
-        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
-        b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)
-        b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
+        b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)  # [BK, L]
+        b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)  # [L, L]
 
-    m = tl.load(p_m_token + o_gate, mask=in_t, other=float("inf"))
+    m = tl.load(p_m_tokens + o_gate, mask=in_t, other=float("inf"))
     weight = scale * tl.load(p_inverse + o_gate, mask=in_t, other=0.0)
-    b_p = pair_weights(p_coarse, p_fine, p_log_i, o_gate, in_t, m, L) * weight[:, None]
+    b_p = pair_weights(p_coarse, p_fine, p_log_i, p_last_reset, o_gate, in_t, m, L) * weight[:, None]
     b_s *= b_p
     o_pair = tl.cast(pid, tl.int64) * (L * L) + o_l[:, None] * L + o_l[None, :]
     tl.store(p_scores + o_pair, b_s.to(p_scores.dtype.element_ty))
@@ -291,19 +290,18 @@ def query_key_gradient_kernel(
     p_read_weight,
     p_x,
     p_log_w,
-    p_reset_count,
-    p_chunk_decay,
-    p_m,
-    p_m_next,
+    p_last_reset,
+    p_log_decay,
+    p_w_shift,
     p_c,
     p_n,
     p_dc,
     p_dn,
     p_dq,  # (B, T, H, K)
     p_dk,  # (B, T, H, K)
-    p_q_dq,  # (blocks of K, B, H, T) q.dq, the part from C and n
-    p_k_dk,  # (blocks of K, B, H, T) k.dk, the part from dC' and dn'
-    p_cross,  # (blocks of K, chunks, H) A (<C, dC'> + <n, dn'>)
+    p_q_dq,  # (tiles of K, B, H, T) q.dq, the part from C and n
+    p_k_dk,  # (tiles of K, B, H, T) k.dk, the part from dC' and dn'
+    p_cross,  # (tiles of K, chunks, H) A (<C, dC'> + <n, dn'>)
     p_cu_seqlens,
     p_first_chunk,
     p_sequence,
@@ -329,7 +327,7 @@ def query_key_gradient_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq and dk of one chunk, for one block of K."""
+    """dq and dk of one chunk, for one tile of K."""
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     tile_k = tl.cast(pid % NK, tl.int64)
@@ -342,7 +340,7 @@ def query_key_gradient_kernel(
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
 
     p_dh += ((row * T + start) * H + h) * V
     p_v = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
@@ -352,12 +350,12 @@ def query_key_gradient_kernel(
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
         in_v = o_v < V
-        b_c = load_transposed(p_c + o_chunk * (K * V), o_k, o_v, V, in_k, in_v)
-        b_dc = load_transposed(p_dc + o_chunk * (K * V), o_k, o_v, V, in_k, in_v)
-        b_dh = load_tile(p_dh, o_l, o_v, H * V, live, in_v)
-        b_v = load_tile(p_v, o_l, o_v, stride_vt, live, in_v)
-        b_dq = tl.dot(b_dh.to(DOT), b_c.to(DOT), acc=b_dq, input_precision=PRECISION)
-        b_dk = tl.dot(b_v.to(DOT), b_dc.to(DOT), acc=b_dk, input_precision=PRECISION)
+        b_c = load_transposed(p_c + o_chunk * (K * V), o_k, o_v, V, in_k, in_v)  # [BV, BK]
+        b_dc = load_transposed(p_dc + o_chunk * (K * V), o_k, o_v, V, in_k, in_v)  # [BV, BK]
+        b_dh = load_tile(p_dh, o_l, o_v, H * V, live, in_v)  # [L, BV]
+        b_v = load_tile(p_v, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
+        b_dq = tl.dot(b_dh.to(DOT), b_c.to(DOT), acc=b_dq, input_precision=PRECISION)  # [L, BK]
+        b_dk = tl.dot(b_v.to(DOT), b_dc.to(DOT), acc=b_dk, input_precision=PRECISION)  # [L, BK]
         cross += tl.sum(b_c.to(tl.float32) * b_dc.to(tl.float32))
 
     b_q = load_tile(features(p_q, row, start, h, stride_qb, stride_qt, stride_qh), o_l, o_k, stride_qt, live, in_k)
@@ -366,8 +364,8 @@ def query_key_gradient_kernel(
     b_dn = tl.load(p_dn + o_chunk * K + o_k, mask=in_k, other=0.0)
     read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
     x = tl.load(p_x + o_gate, mask=in_t, other=0.0)
-    decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf")) - m_next)
+    decay = tl.exp(tl.load(p_log_decay + o_chunk))
+    w = load_key_weights(p_log_w, p_w_shift, o_gate, o_chunk, in_t)
     b_dq = read_weight[:, None] * (b_dq + x[:, None] * b_n[None, :])
     b_dk = w[:, None] * (b_dk + b_dn[None, :])
     o_partial = tile_k * tokens + o_gate
@@ -376,10 +374,10 @@ def query_key_gradient_kernel(
     tl.store(p_cross + tile_k * chunk_heads + o_chunk, decay * (cross + tl.sum(b_n * b_dn)))
 
     p_e += o_chunk * (L * L)
-    b_e = tl.load(p_e + o_l[:, None] * L + o_l[None, :])
+    b_e = tl.load(p_e + o_l[:, None] * L + o_l[None, :])  # [L_t, L_j]
     b_dq = tl.dot(b_e.to(DOT), b_k.to(DOT), acc=b_dq, input_precision=PRECISION)
     store_tile(p_dq + ((row * T + start) * H + h) * K, b_dq, o_l, o_k, H * K, in_t, in_k)
-    b_e = tl.load(p_e + o_l[None, :] * L + o_l[:, None])  # transposed
+    b_e = tl.load(p_e + o_l[None, :] * L + o_l[:, None])  # [L_j, L_t]
     b_dk = tl.dot(b_e.to(DOT), b_q.to(DOT), acc=b_dk, input_precision=PRECISION)
     store_tile(p_dk + ((row * T + start) * H + h) * K, b_dk, o_l, o_k, H * K, in_t, in_k)
 
@@ -390,8 +388,8 @@ def value_gradient_kernel(
     p_dh,
     p_scores,
     p_log_w,
-    p_reset_count,
-    p_m_next,
+    p_last_reset,
+    p_w_shift,
     p_dc,
     p_dv,  # (B, T, H, V)
     p_cu_seqlens,
@@ -411,7 +409,7 @@ def value_gradient_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dv of one chunk, for one block of V: output_kernel with the roles of q and k, C and dC' exchanged."""
+    """dv of one chunk, for one tile of V: output_kernel with the roles of q and k, C and dC' exchanged."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     h = pid // NV % H
@@ -423,19 +421,19 @@ def value_gradient_kernel(
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_reset_count, o_gate, in_t)
-    w = tl.exp(tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf")) - tl.load(p_m_next + o_chunk))
+    live = load_live(p_last_reset, o_gate, in_t)
+    w = load_key_weights(p_log_w, p_w_shift, o_gate, o_chunk, in_t)  # [L]
 
     o_head = ((row * T + start) * H + h) * V
     b_dh = load_tile(p_dh + o_head, o_l, o_v, H * V, live, in_v)
-    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[None, :] * L + o_l[:, None])  # transposed
-    b_dv = tl.dot(b_scores.to(DOT), b_dh.to(DOT), input_precision=PRECISION)
+    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[None, :] * L + o_l[:, None])  # [L_j, L_t]
+    b_dv = tl.dot(b_scores.to(DOT), b_dh.to(DOT), input_precision=PRECISION)  # [L, BV]
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
     p_dc += o_chunk * (K * V)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
-        b_k = load_tile(p_k, o_l, o_k, stride_kt, live, o_k < K).to(tl.float32) * w[:, None]
-        b_dc = load_tile(p_dc, o_k, o_v, V, o_k < K, in_v)
+        b_k = load_tile(p_k, o_l, o_k, stride_kt, live, o_k < K).to(tl.float32) * w[:, None]  # [L, BK]
+        b_dc = load_tile(p_dc, o_k, o_v, V, o_k < K, in_v)  # [BK, BV]
         b_dv = tl.dot(b_k.to(DOT), b_dc.to(DOT), acc=b_dv, input_precision=PRECISION)
     store_tile(p_dv + o_head, b_dv, o_l, o_v, H * V, in_t, in_v)
 
@@ -443,7 +441,7 @@ def value_gradient_kernel(
 @triton.jit(do_not_specialize=[*PER_CALL, *GATE_STRIDES, "tokens", "chunk_heads"])
 def gate_gradient_kernel(
     p_fgate,
-    p_reset_count,
+    p_last_reset,
     p_g_row,
     p_g_column,
     p_q_dq,
@@ -471,7 +469,7 @@ def gate_gradient_kernel(
     o_l = tl.arange(0, L)
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
     q_dq = tl.zeros((L,), tl.float32)
     k_dk = tl.zeros((L,), tl.float32)
     cross = 0.0

@@ -1,4 +1,5 @@
-"""Triton kernels of the mLSTM: the sequence in chunks, and step by step. mlstm_triton_backward.py has the gradients.
+"""Triton kernels of the mLSTM: the sequence in chunks. triton_backward.py has the gradients, triton_recurrent.py the
+sequence step by step.
 
 A sequence is cut into chunks of L tokens. With C, n, m the state that enters a chunk, b_t the sum of log f from the
 chunk's first token to t, and i_t the log input gate, token t of the chunk reads
@@ -12,21 +13,26 @@ with S = q k^T, D_t = max(|s_t|, exp(-m_t)) + eps and the scale on q. The chunk 
     C' = A C + sum_j w_j k_j v_j^T             n' = A n + sum_j w_j k_j
 
 m depends on the gates alone, so it is known before any product is formed and every exponent is <= 0 from the start.
-Five kernels, in order: gates (b, the maxima), borders (m between chunks), states (C, n between chunks), scores
-(P S / D, once per chunk), outputs (two products per chunk and block of V). With m known, C and n are linear in what
+Five kernels, in order: gates (b, the maxima), boundaries (m between chunks), states (C, n between chunks), scores
+(P S / D, once per chunk), outputs (two products per chunk and tile of V). With m known, C and n are linear in what
 enters: where sequences are few and long, the states of their spans are computed side by side and then combined.
 Where they are many and C fits on chip, it stays there: of the states only n is written, and after the scores one
 kernel makes C and the outputs.
 
-b_t - b_j loses the digits of a mild decay behind a strong one. So b is kept as coarse / UNITS + fine: log f in whole
-units, whose sums and differences are exact integers, and the rest, whose sums stay small. A forget gate of
-log f < RESET is a reset: it counts as 0 in b, so that no infinity enters a difference, and lowers coarse by
-BARRIER, whose exponential is 0. A token that is masked out, or lies behind the end of its sequence, has a reset count
-of -1, i = -inf and log f = 0: weight 0 as a key, output 0, nothing forgotten.
+Any m serves that keeps the exponents from overflowing, so m may be rounded, and is; the exponents may not. They are
+differences of sums that can be a million times larger: b_t - b_j loses the digits of a mild decay behind a strong one,
+and so does i_j - m_t next to 1e5. So log f, i and m are split into coarse * UNIT + fine. Coarse parts are integers,
+whose sums and differences are exact; fine parts and their sums stay small. Each exponent is formed from both.
 
-Names: p_ pointers, b_ blocks, o_ offsets. Dimension letters: H heads, K query/key head dim, V value head dim, L chunk
-length, BK and BV blocks of K and V. Gate arrays are (B, H, T), arrays of chunks (chunks, H, ...), states
-(sequences, H, ...). T and the number of chunks are run-time values: one compilation serves all lengths.
+A forget gate of log f < RESET is a reset: it counts as 0 in b, so that no infinity enters a difference, and a pair of
+tokens with a reset between them has weight 0. A token that is masked out, or lies behind the end of its sequence, is
+dead: it has a last reset of -1, i = -inf and log f = 0, so weight 0 as a key, output 0, nothing forgotten.
+
+Names: p_ pointers, b_ values of a tile, o_ offsets, in_t, in_k, in_v what lies inside the data along that dimension,
+live the tokens that are not dead. Dimension letters: H heads, K query/key head dim, V value head dim, L chunk length,
+BK and BV tiles of K and V; shapes [L, K] at the end of lines are those of tiles. Gate arrays are (B, H, T), arrays of
+chunks (chunks, H, ...), states (sequences, H, ...). T and the number of chunks are run-time values: one compilation
+serves all lengths.
 """
 
 import triton
@@ -34,22 +40,25 @@ import triton.language as tl
 
 from ..triton_common import log_sigmoid
 from .triton_tiles import (
-    BARRIER,
     GATE_STRIDES,
+    LOWEST,
     PER_CALL,
     RESET,
-    UNITS,
     chunk_tokens,
     features,
-    load_boundary,
+    join,
+    load_key_weights,
     load_live,
     load_stabilizer,
+    load_state_weights,
     load_tile,
     load_transposed,
     max_plus,
+    maximum,
     normalizer,
     pair_weights,
     sequence_chunks,
+    split,
     stabilizer,
     store_tile,
 )
@@ -64,9 +73,10 @@ def gate_kernel(
     p_fine,  # (B, H, T)
     p_log_i,  # (B, H, T)
     p_m_in_chunk,  # (B, H, T) m_t without what enters the chunk
-    p_log_w,  # (B, H, T) log of w_j, up to m'
-    p_reset_count,  # (B, H, T) number of resets in the chunk up to t
-    p_chunk_decay,  # (chunks, H) g, -inf with a reset
+    p_log_w,  # (B, H, T) log of w_j, were chunk_m the m' of the chunk
+    p_last_reset,  # (B, H, T) int32: where in the chunk the latest reset up to t is, from 1; 0 none, -1 t is dead
+    p_g_coarse,  # (chunks, H) int32
+    p_g_fine,  # (chunks, H) -inf with a reset
     p_chunk_m,  # (chunks, H) m' without what enters the chunk
     p_cu_seqlens,
     p_first_chunk,
@@ -98,37 +108,46 @@ def gate_kernel(
     log_i = tl.load(p_igate + token * stride_it, mask=live, other=float("-inf")).to(tl.float32)
     log_f = log_sigmoid(tl.load(p_fgate + token * stride_ft, mask=live, other=float("inf")).to(tl.float32))
 
-    reset = (log_f < RESET).to(tl.int32)
-    reset_count = tl.cumsum(reset, 0)
-    resets = tl.sum(reset, 0)
-    summand = tl.where(reset != 0, 0.0, log_f)
-    units = tl.floor(summand * UNITS + 0.5).to(tl.int32)
-    rest = summand - units / UNITS
-    coarse = tl.cumsum(units, 0)
-    fine = tl.cumsum(rest, 0)
-    g_coarse = tl.sum(units, 0)
-    g_fine = tl.sum(rest, 0)
-    log_w = tl.where(reset_count == resets, (g_coarse - coarse) / UNITS + (g_fine - fine) + log_i, float("-inf"))
-    _, m_in_chunk = tl.associative_scan((tl.where(reset != 0, float("-inf"), log_f), log_i), 0, max_plus)
+    reset = log_f < RESET  # [L]
+    last_reset = tl.associative_scan(tl.where(reset, o_l + 1, 0), 0, maximum)
+    last_of_chunk = tl.max(last_reset, 0)
+    f_coarse, f_fine = split(tl.where(reset, 0.0, log_f))
+    i_coarse, i_fine = split(log_i)
+    coarse = tl.cumsum(f_coarse, 0)
+    fine = tl.cumsum(f_fine, 0)
+    g_coarse = tl.sum(f_coarse, 0)
+    g_fine = tl.sum(f_fine, 0)
+    _, m_in_chunk = tl.associative_scan((tl.where(reset, float("-inf"), log_f), log_i), 0, max_plus)
+
+    w_coarse = g_coarse - coarse + i_coarse  # [L]
+    w_fine = g_fine - fine + i_fine
+    handed_on = o_l + 1 >= last_of_chunk
+    chunk_m = tl.maximum(tl.max(tl.where(handed_on, join(w_coarse, w_fine), float("-inf")), 0), LOWEST)
+    m_coarse, m_fine = split(chunk_m)
+    log_w = tl.where(handed_on, join(w_coarse - m_coarse, w_fine - m_fine), float("-inf"))
 
     o_gate = (row * H + h) * T + start + o_l
-    tl.store(p_coarse + o_gate, coarse - reset_count * BARRIER, mask=in_t)
+    tl.store(p_coarse + o_gate, coarse, mask=in_t)
     tl.store(p_fine + o_gate, fine, mask=in_t)
     tl.store(p_log_i + o_gate, log_i, mask=in_t)
     tl.store(p_m_in_chunk + o_gate, m_in_chunk, mask=in_t)
     tl.store(p_log_w + o_gate, log_w, mask=in_t)
-    tl.store(p_reset_count + o_gate, tl.where(live, reset_count, -1), mask=in_t)
-    tl.store(p_chunk_decay + pid, tl.where(resets > 0, float("-inf"), g_coarse / UNITS + g_fine))
-    tl.store(p_chunk_m + pid, tl.max(log_w, 0))
+    tl.store(p_last_reset + o_gate, tl.where(live, last_reset, -1), mask=in_t)
+    tl.store(p_g_coarse + pid, g_coarse)
+    tl.store(p_g_fine + pid, tl.where(last_of_chunk > 0, float("-inf"), g_fine))
+    tl.store(p_chunk_m + pid, chunk_m)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def boundary_kernel(
-    p_chunk_decay,
+    p_g_coarse,
+    p_g_fine,
     p_chunk_m,
     p_m_initial,
+    p_m_last,  # (sequences, H) m behind the last chunk if it is settled, as in a backward pass
     p_m,  # (chunks, H) as it enters each chunk
-    p_m_next,  # (chunks, H) as it leaves
+    p_log_decay,  # (chunks, H) log A
+    p_w_shift,  # (chunks, H) what log w lacks: chunk_m - m'
     p_m_final,
     p_cu_seqlens,
     p_first_chunk,
@@ -138,7 +157,7 @@ def boundary_kernel(
     L: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """m from chunk to chunk, one program for each sequence and head."""
+    """m from chunk to chunk, one program for each sequence and head, and what A and w owe to it."""
     pid = tl.program_id(0)
     h = pid % H
     _, _, _, first, last = sequence_chunks(
@@ -150,15 +169,22 @@ def boundary_kernel(
         m += tl.load(p_m_initial + pid)
     tl.store(p_m + tl.cast(first, tl.int64) * H + h, m, mask=first < last)
     for chunk in range(first, last, TILE):
-        in_t = chunk + o_tile < last
+        in_c = chunk + o_tile < last  # [TILE]
         o_chunk = tl.cast(chunk + o_tile, tl.int64) * H + h
-        g = tl.load(p_chunk_decay + o_chunk, mask=in_t, other=0.0)
-        decay, m_in_chunk = tl.associative_scan(
-            (g, tl.load(p_chunk_m + o_chunk, mask=in_t, other=float("-inf"))), 0, max_plus
-        )
-        m_next = stabilizer(decay + m, m_in_chunk)
-        tl.store(p_m_next + o_chunk, m_next, mask=in_t)
+        g_coarse = tl.load(p_g_coarse + o_chunk, mask=in_c, other=0)
+        g_fine = tl.load(p_g_fine + o_chunk, mask=in_c, other=0.0)
+        chunk_m = tl.load(p_chunk_m + o_chunk, mask=in_c, other=float("-inf"))
+        decay, m_in_tile = tl.associative_scan((join(g_coarse, g_fine), chunk_m), 0, max_plus)
+        m_next = stabilizer(decay + m, m_in_tile)
+        if p_m_last is not None:
+            m_next = tl.where(chunk + o_tile == last - 1, tl.load(p_m_last + pid), m_next)
         tl.store(p_m + o_chunk + H, m_next, mask=chunk + o_tile + 1 < last)
+        tl.debug_barrier()  # each chunk now reads the m that its neighbour has stored
+        m_coarse, m_fine = split(tl.load(p_m + o_chunk, mask=in_c, other=0.0))
+        next_coarse, next_fine = split(m_next)
+        log_a = join(g_coarse + m_coarse - next_coarse, g_fine + (m_fine - next_fine))
+        tl.store(p_log_decay + o_chunk, log_a, mask=in_c)
+        tl.store(p_w_shift + o_chunk, chunk_m - m_next, mask=in_c)
         m = tl.sum(tl.where(o_tile == TILE - 1, m_next, 0.0), 0)
     if p_m_final is not None:
         tl.store(p_m_final + pid, m)
@@ -169,15 +195,14 @@ def state_kernel(
     p_k,
     p_v,
     p_log_w,
-    p_chunk_decay,
-    p_m,
-    p_m_next,
-    p_c_start,
-    p_n_start,
+    p_log_decay,
+    p_w_shift,
+    p_c_start,  # (sequences, H, K, V) the state before the first chunk, or None for zero
+    p_n_start,  # (sequences, H, K)
     p_c,  # (chunks, H, K, V) the state that enters each chunk, or None
     p_n,  # (chunks, H, K)
-    p_c_end,
-    p_n_end,
+    p_c_end,  # (sequences, H, K, V) the state after the last chunk, or None
+    p_n_end,  # (sequences, H, K)
     p_decay_product,  # (sequences, H) the product of all A, or None
     p_cu_seqlens,
     p_first_chunk,
@@ -200,8 +225,8 @@ def state_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C and n from chunk to chunk, one program for each block of C. Initial and final states are those of spans
-    where sequences are cut into spans."""
+    """C and n from chunk to chunk, one program for each tile of C. Where sequences are cut into spans, the
+    states at start and end are those of spans."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -233,16 +258,17 @@ def state_kernel(
         if p_c is not None:
             store_tile(p_c + o_chunk * (K * V), b_c, o_k, o_v, V, in_k, in_v)
             tl.store(p_n + o_chunk * K + o_k, b_n, mask=owns_n)
-        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
+        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))  # [L]
         live = log_w > float("-inf")
+        w = tl.exp(log_w + tl.load(p_w_shift + o_chunk))
+        decay = tl.exp(tl.load(p_log_decay + o_chunk))
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
-        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
-        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
-        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
-        b_k = b_k.to(tl.float32) * tl.exp(log_w - m_next)[None, :]
-        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
-        b_n = decay * b_n + tl.sum(b_k, 1)
+        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)  # [BK, L]
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
+        b_k = b_k.to(tl.float32) * w[None, :]
+        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)  # [BK, BV]
+        b_n = decay * b_n + tl.sum(b_k, 1)  # [BK]
         decay_product *= decay
         start += L
 
@@ -293,16 +319,17 @@ def score_kernel(
     p_fine,
     p_log_i,
     p_m_in_chunk,
-    p_reset_count,
+    p_last_reset,
     p_n,
     p_m,
     p_scores,  # (chunks, H, L, L) P_tj S_tj / D_t
     p_read_weight,  # (B, H, T) scale a_t / D_t: the weight of C^T q_t in h_t
     p_s,  # (B, H, T)
+    p_m_tokens,  # (B, H, T) m_t, inf for dead tokens
     p_cu_seqlens,
     p_first_chunk,
     p_sequence,
-    width,  # K, at run time: were it known, the compiler would unroll short loops over its blocks, and spill
+    width,  # K, at run time: were it known, the compiler would unroll short loops over its tiles, and spill
     T,
     chunks_per_row,
     scale,
@@ -329,7 +356,7 @@ def score_kernel(
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(pid, tl.int64)
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
 
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
@@ -337,22 +364,22 @@ def score_kernel(
     qn = tl.zeros((L,), tl.float32)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
-        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)
-        b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)
-        b_n = tl.load(p_n + o_chunk * K + o_k, mask=o_k < K, other=0.0)
-        b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)
-        qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
+        b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)  # [BK, L]
+        b_n = tl.load(p_n + o_chunk * K + o_k, mask=o_k < K, other=0.0)  # [BK]
+        b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)  # [L, L]
+        qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)  # [L]
 
-    m_in = tl.load(p_m + o_chunk)
-    m, from_state = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_reset_count, o_gate, in_t, m_in)
-    b_s *= pair_weights(p_coarse, p_fine, p_log_i, o_gate, in_t, m, L) * scale
-    a = tl.exp(from_state - m) * scale
+    m = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_last_reset, p_m, o_gate, o_chunk, in_t)  # [L]
+    b_s *= pair_weights(p_coarse, p_fine, p_log_i, p_last_reset, o_gate, in_t, m, L) * scale  # [L, L]
+    a = load_state_weights(p_coarse, p_fine, p_last_reset, p_m, m, o_gate, o_chunk, in_t) * scale
     s = tl.sum(b_s, 1) + a * qn
     inverse = 1.0 / normalizer(s, m, eps)
     p_scores += o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :]
     tl.store(p_scores, (b_s * inverse[:, None]).to(p_scores.dtype.element_ty))
     tl.store(p_read_weight + o_gate, a * inverse, mask=in_t)
     tl.store(p_s + o_gate, s, mask=in_t)
+    tl.store(p_m_tokens + o_gate, m, mask=in_t)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -361,7 +388,7 @@ def output_kernel(
     p_v,
     p_scores,
     p_read_weight,
-    p_reset_count,
+    p_last_reset,
     p_c,
     p_h,  # (B, T, H, V)
     p_cu_seqlens,
@@ -385,7 +412,7 @@ def output_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """h of one chunk, for one block of V."""
+    """h of one chunk, for one tile of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     h = pid // NV % H
@@ -397,18 +424,18 @@ def output_kernel(
     in_t = start + o_l < end
     o_gate = (row * H + h) * T + start + o_l
     o_chunk = tl.cast(chunk, tl.int64) * H + h
-    live = load_live(p_reset_count, o_gate, in_t)
+    live = load_live(p_last_reset, o_gate, in_t)
     read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
 
     b_v = load_tile(features(p_v, row, start, h, stride_vb, stride_vt, stride_vh), o_l, o_v, stride_vt, live, in_v)
-    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
-    b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
+    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])  # [L, L]
+    b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)  # [L, BV]
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_c += o_chunk * (K * V)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
-        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read_weight[:, None]
-        b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read_weight[:, None]  # [L, BK]
+        b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)  # [BK, BV]
         b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
     store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, in_t, in_v)
 
@@ -417,9 +444,8 @@ def output_kernel(
 def normalizer_kernel(
     p_k,
     p_log_w,
-    p_chunk_decay,
-    p_m,
-    p_m_next,
+    p_log_decay,
+    p_w_shift,
     p_n_initial,
     p_n,  # (chunks, H, K) the state that enters each chunk
     p_n_final,
@@ -451,15 +477,17 @@ def normalizer_kernel(
         b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
     o_l = tl.arange(0, L)
     p_log_w += (row * H + h) * T
-    # Loops without a product are pipelined on demand only.
+    # Triton pipelines a loop without a product only when it is told how many stages to have.
     for chunk in tl.range(first, last, num_stages=3):
         o_chunk = tl.cast(chunk, tl.int64) * H + h
         tl.store(p_n + o_chunk * K + o_k, b_n, mask=in_k)
-        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))
+        log_w = tl.load(p_log_w + start + o_l, mask=start + o_l < end, other=float("-inf"))  # [L]
+        live = log_w > float("-inf")
+        w = tl.exp(log_w + tl.load(p_w_shift + o_chunk))
+        decay = tl.exp(tl.load(p_log_decay + o_chunk))
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
-        b_k = load_tile(p_k_chunk, o_l, o_k, stride_kt, log_w > float("-inf"), in_k)
-        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
-        b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * tl.exp(log_w - m_next)[:, None], 0)
+        b_k = load_tile(p_k_chunk, o_l, o_k, stride_kt, live, in_k)  # [L, BK]
+        b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * w[:, None], 0)  # [BK]
         start += L
     if p_n_final is not None:
         tl.store(p_n_final + o_state * K + o_k, b_n, mask=in_k)
@@ -473,10 +501,9 @@ def on_chip_kernel(
     p_scores,
     p_read_weight,
     p_log_w,
-    p_reset_count,
-    p_chunk_decay,
-    p_m,
-    p_m_next,
+    p_last_reset,
+    p_log_decay,
+    p_w_shift,
     p_c_initial,
     p_c_final,
     p_h,  # (B, T, H, V)
@@ -502,7 +529,7 @@ def on_chip_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C from chunk to chunk and h of each chunk, one program for each block of V: it keeps all rows of its columns of
+    """C from chunk to chunk and h of each chunk, one program for each tile of V: it keeps all rows of its columns of
     C, so that C never goes through memory. BK holds all of K. The weights w are put on v, which has fewer columns
     here than k."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -522,128 +549,32 @@ def on_chip_kernel(
         b_c += load_tile(p_c_initial + o_state, o_k, o_v, V, in_k, in_v)
 
     o_l = tl.arange(0, L)
-    # All addresses of a chunk, kept in registers from chunk to chunk, would fill these.
+    # Otherwise the compiler hoists the address arithmetic of a chunk out of the loop, and the registers spill.
     for chunk in tl.range(first, last, disable_licm=True):
         o_chunk = tl.cast(chunk, tl.int64) * H + h
         in_t = start + o_l < end
         o_gate = (row * H + h) * T + start + o_l
-        live = load_live(p_reset_count, o_gate, in_t)
+        live = load_live(p_last_reset, o_gate, in_t)
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
-        b_q = load_tile(p_q_chunk, o_l, o_k, stride_qt, live, in_k)
-        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)
-        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)
-        b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])
+        b_q = load_tile(p_q_chunk, o_l, o_k, stride_qt, live, in_k)  # [L, BK]
+        b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)  # [BK, L]
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
+        b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])  # [L, L]
         read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
-        log_w = tl.load(p_log_w + o_gate, mask=in_t, other=float("-inf"))
-        decay, m_next = load_boundary(p_chunk_decay, p_m, p_m_next, o_chunk)
+        w = load_key_weights(p_log_w, p_w_shift, o_gate, o_chunk, in_t)  # [L]
+        decay = tl.exp(tl.load(p_log_decay + o_chunk))
 
-        # Not one as the accumulator of the other: the compiler takes that for a chain of products, as in attention,
-        # and has every warp group compute all of the first.
-        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION)
-        b_own = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)
+        # Neither product is the accumulator of the other: the compiler would take that for a chain of products, as
+        # in attention, and have every warp group compute all of the first one.
+        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), input_precision=PRECISION)  # [L, BV]
+        b_own = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)  # [L, BV]
         b_h = tl.fma(b_h, tl.broadcast_to(read_weight[:, None], (L, BV)), b_own)
         store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, in_t, in_v)
-        b_v = b_v.to(tl.float32) * tl.exp(log_w - m_next)[:, None]
-        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
+        b_v = b_v.to(tl.float32) * w[:, None]
+        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)  # [BK, BV]
         start += L
 
     if p_c_final is not None:
         store_tile(p_c_final + o_state, b_c, o_k, o_v, V, in_k, in_v)
-
-
-@triton.jit(do_not_specialize=["T", *GATE_STRIDES])
-def recurrent_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_igate,
-    p_fgate,
-    p_mask,
-    p_c_initial,
-    p_n_initial,
-    p_m_initial,
-    p_c_final,  # may be p_c_initial: each program reads its block before it writes it
-    p_n_final,  # must not be p_n_initial, nor p_m_final p_m_initial: all programs of a head read them
-    p_m_final,
-    p_h,  # (B, T, H, V)
-    p_s,  # (B, H, T)
-    T,
-    scale,
-    eps,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ib,
-    stride_it,
-    stride_ih,
-    stride_fb,
-    stride_ft,
-    stride_fh,
-    stride_mb,
-    stride_mt,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """The cell step by step, for decoding and short sequences: all of K and one block of V stay in registers."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile_v = pid % NV
-    h = pid // NV % H
-    row = tl.cast(pid // (NV * H), tl.int64)
-    o_k = tl.arange(0, BK)
-    o_v = tile_v * BV + tl.arange(0, BV)
-    in_k = o_k < K
-    in_v = o_v < V
-    o_state = row * H + h
-    b_c = tl.zeros((BK, BV), tl.float32)
-    b_n = tl.zeros((BK,), tl.float32)
-    m = 0.0
-    if p_c_initial is not None:
-        b_c += load_tile(p_c_initial + o_state * (K * V), o_k, o_v, V, in_k, in_v)
-        b_n += tl.load(p_n_initial + o_state * K + o_k, mask=in_k, other=0.0)
-        m += tl.load(p_m_initial + o_state)
-
-    p_q = features(p_q, row, 0, h, stride_qb, stride_qt, stride_qh) + o_k
-    p_k = features(p_k, row, 0, h, stride_kb, stride_kt, stride_kh) + o_k
-    p_v = features(p_v, row, 0, h, stride_vb, stride_vt, stride_vh) + o_v
-    p_igate = features(p_igate, row, 0, h, stride_ib, stride_it, stride_ih)
-    p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
-    p_h += (row * T * H + h) * V + o_v
-    for t in range(T):
-        live = True
-        if p_mask is not None:
-            live = tl.load(p_mask + row * stride_mb + t * stride_mt) != 0
-        live_k = o_k < tl.where(live, K, 0)
-        live_v = o_v < tl.where(live, V, 0)
-        b_q = tl.load(p_q + t * stride_qt, mask=live_k, other=0.0).to(tl.float32) * scale
-        b_k = tl.load(p_k + t * stride_kt, mask=live_k, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)
-        log_i = tl.load(p_igate + t * stride_it, mask=live, other=float("-inf")).to(tl.float32)
-        log_f = log_sigmoid(tl.load(p_fgate + t * stride_ft, mask=live, other=float("inf")).to(tl.float32))
-
-        m_new = stabilizer(log_f + m, log_i)
-        decay = tl.exp(log_f + m - m_new)
-        b_k *= tl.exp(log_i - m_new)
-        b_c = decay * b_c + b_k[:, None] * b_v[None, :]
-        b_n = decay * b_n + b_k
-        m = m_new
-        s = tl.sum(b_n * b_q, 0)
-        b_h = tl.sum(b_c * b_q[:, None], 0) / normalizer(s, m, eps)
-        tl.store(p_h + t * (H * V), b_h.to(p_h.dtype.element_ty), mask=in_v)
-        tl.store(p_s + o_state * T + t, s, mask=tile_v == 0)
-
-    if p_c_final is not None:
-        store_tile(p_c_final + o_state * (K * V), b_c, o_k, o_v, V, in_k, in_v)
-        tl.store(p_n_final + o_state * K + o_k, b_n, mask=o_k < tl.where(tile_v == 0, K, 0))
-        tl.store(p_m_final + o_state, m, mask=tile_v == 0)

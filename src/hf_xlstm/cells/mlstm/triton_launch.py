@@ -12,6 +12,7 @@ import triton
 from ..triton_common import GPU, Tiles, dot_options, strides
 from . import triton_backward as backward_kernels
 from . import triton_forward as kernels
+from . import triton_recurrent as recurrent_kernels
 
 
 MAX_CHUNK = 128
@@ -135,22 +136,18 @@ class Gates(NamedTuple):
     log_i: torch.Tensor
     m_in_chunk: torch.Tensor
     log_w: torch.Tensor
-    reset_count: torch.Tensor
-    chunk_decay: torch.Tensor
+    last_reset: torch.Tensor
+    g_coarse: torch.Tensor
+    g_fine: torch.Tensor
     chunk_m: torch.Tensor
     m: torch.Tensor
-    m_next: torch.Tensor
-
-    @property
-    def boundary(self) -> dict[str, torch.Tensor]:
-        """What `load_boundary` reads, by the names of a kernel's arguments."""
-        return {"p_chunk_decay": self.chunk_decay, "p_m": self.m, "p_m_next": self.m_next}
+    log_decay: torch.Tensor
+    w_shift: torch.Tensor
 
 
 class Tokens(NamedTuple):
     """What `token_kernel` makes, (B, H, T)."""
 
-    m: torch.Tensor
     inverse: torch.Tensor
     read_weight: torch.Tensor
     from_state: torch.Tensor
@@ -161,42 +158,69 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan: Plan):
-    """h, s = n.q, and C, n at the chunk boundaries, or None where C stays on chip. `initial` and `final` are (c, n,
-    m), a triple of None where there is none."""
+    """h, of each token (s, m) with s = n.q, and C, n at the chunk boundaries, or None where C stays on chip. `initial`
+    and `final` are (c, n, m), a triple of None where there is none."""
     chunks = Chunks.cut(q, cu_seqlens, plan)
-    gates = _run_gates(igate, fgate, mask, initial[2], final[2], chunks, plan)
+    gates = _run_gates(igate, fgate, mask, initial[2], None, final[2], chunks, plan)
     if plan.on_chip:
         n = _run_normalizers(k, gates, initial[1], final[1], chunks, plan)
-        scores, read_weight, s = _run_scores(q, k, gates, n, scale, eps, chunks, plan)
-        return _run_on_chip(q, k, v, scores, read_weight, gates, initial[0], final[0], chunks, plan), s, None
+        scores, read_weight, sums = _run_scores(q, k, gates, n, scale, eps, chunks, plan)
+        return _run_on_chip(q, k, v, scores, read_weight, gates, initial[0], final[0], chunks, plan), sums, None
     states = _run_states(k, v, gates, initial[:2], final[:2], chunks, plan)
-    scores, read_weight, s = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
-    return _run_outputs(q, v, scores, read_weight, gates, states[0], chunks, plan), s, states
+    scores, read_weight, sums = _run_scores(q, k, gates, states[1], scale, eps, chunks, plan)
+    return _run_outputs(q, v, scores, read_weight, gates, states[0], chunks, plan), sums, states
 
 
 def backward(
-    dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, s, scale, eps, plan: Plan
+    dh,
+    dfinal,
+    q,
+    k,
+    v,
+    igate,
+    fgate,
+    mask,
+    cu_seqlens,
+    initial,
+    dinitial,
+    m_final,
+    sums,
+    states,
+    scale,
+    eps,
+    plan: Plan,
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`. `states` are those of `forward`, or
-    None to compute them again."""
+    """dq, dk, dv, digate, dfgate; those of the initial c and n go to `dinitial`. `sums` and `m_final` are those of
+    `forward`, as are `states`, or None to compute them again."""
     chunks = Chunks.cut(q, cu_seqlens, plan)
-    gates = _run_gates(igate, fgate, mask, initial[2], None, chunks, plan)
+    gates = _run_gates(igate, fgate, mask, initial[2], m_final, None, chunks, plan)
     if states is None:
         states = _run_states(k, v, gates, initial[:2], (None, None), chunks, plan)
-    tokens = _run_tokens(q, dh, s, states[0], gates, scale, eps, chunks, plan)
-    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, s, gates, tokens, scale, chunks, plan)
+    tokens = _run_tokens(q, dh, sums, states[0], gates, scale, eps, chunks, plan)
+    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, sums, gates, tokens, scale, chunks, plan)
     dstates = _run_state_gradients(q, dh, x, gates, tokens, dfinal, dinitial, chunks, plan)
     dv = _run_value_gradients(k, dh, scores, gates, dstates[0], chunks, plan)
     dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, x, gates, tokens, states, dstates, chunks, plan)
     return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
 
 
-def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Plan) -> Gates:
+def _run_gates(igate, fgate, mask, m_initial, m_last, m_final, chunks: Chunks, plan: Plan) -> Gates:
     B, T, H = igate.shape
-    coarse, reset_count = (torch.empty(B, H, T, dtype=torch.int32, device=igate.device) for _ in range(2))
-    fine, log_i, m_in_chunk, log_w = (torch.empty(B, H, T, dtype=torch.float32, device=igate.device) for _ in range(4))
-    per_chunk = (torch.empty(chunks.total, H, dtype=torch.float32, device=igate.device) for _ in range(4))
-    gates = Gates(coarse, fine, log_i, m_in_chunk, log_w, reset_count, *per_chunk)
+    integers, floats = ({"dtype": dtype, "device": igate.device} for dtype in (torch.int32, torch.float32))
+    gates = Gates(
+        coarse=torch.empty(B, H, T, **integers),
+        fine=torch.empty(B, H, T, **floats),
+        log_i=torch.empty(B, H, T, **floats),
+        m_in_chunk=torch.empty(B, H, T, **floats),
+        log_w=torch.empty(B, H, T, **floats),
+        last_reset=torch.empty(B, H, T, **integers),
+        g_coarse=torch.empty(chunks.total, H, **integers),
+        g_fine=torch.empty(chunks.total, H, **floats),
+        chunk_m=torch.empty(chunks.total, H, **floats),
+        m=torch.empty(chunks.total, H, **floats),
+        log_decay=torch.empty(chunks.total, H, **floats),
+        w_shift=torch.empty(chunks.total, H, **floats),
+    )
     kernels.gate_kernel[(chunks.total * H,)](
         p_igate=igate,
         p_fgate=fgate,
@@ -206,8 +230,9 @@ def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Pla
         p_log_i=gates.log_i,
         p_m_in_chunk=gates.m_in_chunk,
         p_log_w=gates.log_w,
-        p_reset_count=gates.reset_count,
-        p_chunk_decay=gates.chunk_decay,
+        p_last_reset=gates.last_reset,
+        p_g_coarse=gates.g_coarse,
+        p_g_fine=gates.g_fine,
         p_chunk_m=gates.chunk_m,
         **chunks.by_chunk,
         **strides(i=igate, f=fgate, m=mask),
@@ -216,11 +241,14 @@ def _run_gates(igate, fgate, mask, m_initial, m_final, chunks: Chunks, plan: Pla
         num_warps=1,
     )
     kernels.boundary_kernel[(chunks.sequences * H,)](
-        p_chunk_decay=gates.chunk_decay,
+        p_g_coarse=gates.g_coarse,
+        p_g_fine=gates.g_fine,
         p_chunk_m=gates.chunk_m,
         p_m_initial=m_initial,
+        p_m_last=m_last,
         p_m=gates.m,
-        p_m_next=gates.m_next,
+        p_log_decay=gates.log_decay,
+        p_w_shift=gates.w_shift,
         p_m_final=m_final,
         **chunks.by_sequence,
         H=H,
@@ -293,7 +321,8 @@ def _scan_states(kernel, inputs: dict, q, v, start, end, chunks: Chunks, plan: P
 
 def _run_states(k, v, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """The state that enters each chunk; the last one goes to `final`."""
-    inputs = {"p_k": k, "p_v": v, "p_log_w": gates.log_w} | gates.boundary | strides(k=k, v=v)
+    inputs = {"p_k": k, "p_v": v, "p_log_w": gates.log_w, "p_log_decay": gates.log_decay, "p_w_shift": gates.w_shift}
+    inputs |= strides(k=k, v=v)
     return _scan_states(kernels.state_kernel, inputs, k, v, initial, final, chunks, plan, backwards=False)
 
 
@@ -301,7 +330,7 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
     B, T, H, K = q.shape
     L, tiles = plan.chunk_size, plan.score
     scores = torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device)
-    read_weight, s = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    read_weight, s, m_tokens = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3))
     kernels.score_kernel[(chunks.total * H,)](
         p_q=q,
         p_k=k,
@@ -309,12 +338,13 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
         p_fine=gates.fine,
         p_log_i=gates.log_i,
         p_m_in_chunk=gates.m_in_chunk,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_n=n,
         p_m=gates.m,
         p_scores=scores,
         p_read_weight=read_weight,
         p_s=s,
+        p_m_tokens=m_tokens,
         width=K,
         scale=scale,
         eps=eps,
@@ -328,7 +358,7 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
         num_stages=tiles.num_stages,
         **dot_options(q.dtype),
     )
-    return scores, read_weight, s
+    return scores, read_weight, (s, m_tokens)
 
 
 def _run_outputs(q, v, scores, read_weight, gates: Gates, c, chunks: Chunks, plan: Plan):
@@ -339,7 +369,7 @@ def _run_outputs(q, v, scores, read_weight, gates: Gates, c, chunks: Chunks, pla
         p_v=v,
         p_scores=scores,
         p_read_weight=read_weight,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_c=c,
         p_h=h,
         width=K,
@@ -366,7 +396,8 @@ def _run_normalizers(k, gates: Gates, initial, final, chunks: Chunks, plan: Plan
         p_n_initial=initial,
         p_n=n,
         p_n_final=final,
-        **gates.boundary,
+        p_log_decay=gates.log_decay,
+        p_w_shift=gates.w_shift,
         **chunks.by_sequence,
         **strides(k=k),
         H=H,
@@ -389,11 +420,12 @@ def _run_on_chip(q, k, v, scores, read_weight, gates: Gates, initial, final, chu
         p_scores=scores,
         p_read_weight=read_weight,
         p_log_w=gates.log_w,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_c_initial=initial,
         p_c_final=final,
         p_h=h,
-        **gates.boundary,
+        p_log_decay=gates.log_decay,
+        p_w_shift=gates.w_shift,
         **chunks.by_sequence,
         **strides(q=q, k=k, v=v),
         H=H,
@@ -406,20 +438,25 @@ def _run_on_chip(q, k, v, scores, read_weight, gates: Gates, initial, final, chu
     return h
 
 
-def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
-    """h and s, like `forward`, step by step. C may be updated in place, n and m not."""
+def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps, state_indices=None):
+    """h and (s, m), like `forward`, step by step. C may be updated in place, n and m not.
+
+    With `state_indices` (B,), sequence b starts from row state_indices[b] of `initial`, and its C ends in the same row
+    of `final`; where the index is negative, h is 0 and no state is read or written. n and m of `final` are (B, ...).
+    """
     B, T, H, K, V = *q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
-    s = torch.empty(B, H, T, dtype=torch.float32, device=v.device)
+    s, m_tokens = (torch.empty(B, H, T, dtype=torch.float32, device=v.device) for _ in range(2))
     BK = triton.next_power_of_2(K)
     BV = min(triton.next_power_of_2(V), max(16, min(32, 8192 // BK)))
-    kernels.recurrent_kernel[(B * H * triton.cdiv(V, BV),)](
+    recurrent_kernels.recurrent_kernel[(B * H * triton.cdiv(V, BV),)](
         p_q=q,
         p_k=k,
         p_v=v,
         p_igate=igate,
         p_fgate=fgate,
         p_mask=mask,
+        p_state_indices=state_indices,
         p_c_initial=initial[0],
         p_n_initial=initial[1],
         p_m_initial=initial[2],
@@ -428,10 +465,14 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
         p_m_final=final[2],
         p_h=h,
         p_s=s,
+        p_m_tokens=m_tokens,
         T=T,
         scale=scale,
         eps=eps,
         **strides(q=q, k=k, v=v, i=igate, f=fgate, m=mask),
+        stride_c_row=H * K * V if initial[0] is None else initial[0].stride(0),
+        stride_n_row=H * K if initial[1] is None else initial[1].stride(0),
+        stride_m_row=H if initial[2] is None else initial[2].stride(0),
         H=H,
         K=K,
         V=V,
@@ -439,23 +480,49 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps):
         BV=BV,
         num_warps=4,
     )
-    return h, s
+    return h, (s, m_tokens)
 
 
-def _run_tokens(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Tokens:
+def step(q, k, v, igate, fgate, state, state_indices, scale, eps) -> torch.Tensor:
+    """h (B, 1, H, V) of one token for each sequence. The state is updated in place: the rows of c, n, m that
+    `state_indices` (B,) names, or row b of sequence b. Rows may lie apart, but must be dense in themselves.
+
+    Two launches: the programs of a head each update a tile of C, and all read its n and m, so that none may overwrite
+    these. The second one does.
+    """
+    c, n, m = state
+    B, _, H, K = q.shape
+    n_new, m_new = n.new_empty(B, H, K), m.new_empty(B, H)
+    h, _ = recurrent(q, k, v, igate, fgate, None, state, (c, n_new, m_new), scale, eps, state_indices)
+    recurrent_kernels.keep_kernel[(B * H,)](
+        p_n_new=n_new,
+        p_m_new=m_new,
+        p_state_indices=state_indices,
+        p_n=n,
+        p_m=m,
+        stride_n_row=n.stride(0),
+        stride_m_row=m.stride(0),
+        H=H,
+        K=K,
+        BK=triton.next_power_of_2(K),
+        num_warps=1,
+    )
+    return h
+
+
+def _run_tokens(q, dh, sums, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Tokens:
     B, T, H, K, V = *q.shape, dh.shape[-1]
-    tokens = Tokens(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4)))
+    tokens = Tokens(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3)))
     backward_kernels.token_kernel[(chunks.total * H,)](
         p_q=q,
         p_dh=dh,
-        p_s=s,
+        p_s=sums[0],
+        p_m_tokens=sums[1],
         p_coarse=gates.coarse,
         p_fine=gates.fine,
-        p_m_in_chunk=gates.m_in_chunk,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_m=gates.m,
         p_c=c,
-        p_m_token=tokens.m,
         p_inverse=tokens.inverse,
         p_read_weight=tokens.read_weight,
         p_from_state=tokens.from_state,
@@ -475,13 +542,13 @@ def _run_tokens(q, dh, s, c, gates: Gates, scale, eps, chunks: Chunks, plan: Pla
 
 def _run_state_gradients(q, dh, x, gates: Gates, tokens: Tokens, dfinal, dinitial, chunks: Chunks, plan: Plan):
     """The gradient of the state that each chunk hands on; that of the initial state goes to `dinitial`."""
-    inputs = {"p_q": q, "p_dh": dh, "p_read_weight": tokens.read_weight, "p_x": x, "p_reset_count": gates.reset_count}
-    inputs |= gates.boundary | strides(q=q)
+    inputs = {"p_q": q, "p_dh": dh, "p_read_weight": tokens.read_weight, "p_x": x}
+    inputs |= {"p_last_reset": gates.last_reset, "p_log_decay": gates.log_decay} | strides(q=q)
     kernel = backward_kernels.state_gradient_kernel
     return _scan_states(kernel, inputs, q, dh, dfinal, dinitial, chunks, plan, backwards=True)
 
 
-def _run_score_gradients(q, k, v, dh, s, gates: Gates, tokens: Tokens, scale, chunks: Chunks, plan: Plan):
+def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale, chunks: Chunks, plan: Plan):
     B, T, H, K, V = *q.shape, v.shape[-1]
     L = plan.chunk_size
     scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
@@ -494,11 +561,11 @@ def _run_score_gradients(q, k, v, dh, s, gates: Gates, tokens: Tokens, scale, ch
         p_coarse=gates.coarse,
         p_fine=gates.fine,
         p_log_i=gates.log_i,
-        p_reset_count=gates.reset_count,
-        p_m_token=tokens.m,
+        p_last_reset=gates.last_reset,
+        p_m_tokens=sums[1],
         p_inverse=tokens.inverse,
         p_from_state=tokens.from_state,
-        p_s=s,
+        p_s=sums[0],
         p_x=x,
         p_scores=scores,
         p_e=e,
@@ -535,7 +602,7 @@ def _run_query_key_gradients(
         p_read_weight=tokens.read_weight,
         p_x=x,
         p_log_w=gates.log_w,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_c=states[0],
         p_n=states[1],
         p_dc=dstates[0],
@@ -547,7 +614,8 @@ def _run_query_key_gradients(
         p_cross=cross,
         tokens=B * H * T,
         chunk_heads=chunks.total * H,
-        **gates.boundary,
+        p_log_decay=gates.log_decay,
+        p_w_shift=gates.w_shift,
         **chunks.by_chunk,
         **strides(q=q, k=k, v=v),
         H=H,
@@ -568,8 +636,8 @@ def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: 
         p_dh=dh,
         p_scores=scores,
         p_log_w=gates.log_w,
-        p_reset_count=gates.reset_count,
-        p_m_next=gates.m_next,
+        p_last_reset=gates.last_reset,
+        p_w_shift=gates.w_shift,
         p_dc=dc,
         p_dv=dv,
         **chunks.by_chunk,
@@ -591,7 +659,7 @@ def _run_gate_gradients(igate, fgate, gates: Gates, g_row, g_column, partial, ch
     dfgate = torch.empty(B, T, H, dtype=fgate.dtype, device=fgate.device)
     backward_kernels.gate_gradient_kernel[(chunks.total * H,)](
         p_fgate=fgate,
-        p_reset_count=gates.reset_count,
+        p_last_reset=gates.last_reset,
         p_g_row=g_row,
         p_g_column=g_column,
         p_q_dq=q_dq,

@@ -6,6 +6,7 @@ The kernels are registered as three operators that torch.compile sees as black b
 
 import torch
 
+from .. import environment
 from .. import triton_common as common
 from . import triton_launch as launch
 from .reference import MLSTMState
@@ -40,38 +41,38 @@ def mlstm_forward(
     save_states: bool,
     scale: float,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and c, n at every chunk boundary. Those
-    that are not asked for are empty."""
+) -> tuple[(torch.Tensor,) * 8]:
+    """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and m of each token and c, n at every
+    chunk boundary. Those that are not asked for are empty."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     initial = tuple(common.contiguous(x) for x in (c, n, m))
     new_state = _empty_state(q, v, cu_seqlens, final_state)
     final = new_state if final_state else (None, None, None)
     with common.on_device(q):
         if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
-            h, s = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
+            h, sums = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
             plan = _plan(q, v)
             if not save_states:
                 sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
                 recurrences, gpu = sequences * q.shape[2], common.GPU.of(q.device)
                 plan = launch.on_chip_plan(q.dtype, q.shape[-1], v.shape[-1], recurrences, gpu) or plan
-            h, s, saved = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
+            h, sums, saved = launch.forward(q, k, v, igate, fgate, mask, cu_seqlens, initial, final, scale, eps, plan)
     if not save_states:
         saved = [q.new_empty(0), q.new_empty(0)]
-    return h, *new_state, s, *saved
+    return h, *new_state, *sums, *saved
 
 
 @mlstm_forward.register_fake
 def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, save_states, scale, eps):
     B, T, H, V = v.shape
-    h, s = v.new_empty(B, T, H, V), v.new_empty(B, H, T, dtype=torch.float32)
+    h, *sums = v.new_empty(B, T, H, V), *(v.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
     saved = [q.new_empty(0), q.new_empty(0)]
     if save_states:
         length = _plan(q, v).chunk_size
         rows = B * ((T + length - 1) // length) if cu_seqlens is None else T // length + cu_seqlens.shape[0] - 1
         saved = launch.chunk_states(q, v, rows)
-    return h, *_empty_state(q, v, cu_seqlens, final_state), s, *saved
+    return h, *_empty_state(q, v, cu_seqlens, final_state), *sums, *saved
 
 
 def _empty_state(q, v, cu_seqlens, wanted: bool) -> MLSTMState:
@@ -96,7 +97,9 @@ def mlstm_backward(
     m: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    m_final: torch.Tensor,
     s: torch.Tensor,
+    m_tokens: torch.Tensor,
     c_boundaries: torch.Tensor,
     n_boundaries: torch.Tensor,
     scale: float,
@@ -111,7 +114,23 @@ def mlstm_backward(
     plan = _plan(q, v)
     with common.on_device(q):
         gradients = launch.backward(
-            dh, dfinal, q, k, v, igate, fgate, mask, cu_seqlens, initial, dinitial, states, s, scale, eps, plan
+            dh,
+            dfinal,
+            q,
+            k,
+            v,
+            igate,
+            fgate,
+            mask,
+            cu_seqlens,
+            initial,
+            dinitial,
+            m_final if m_final.numel() else None,
+            (s, m_tokens),
+            states,
+            scale,
+            eps,
+            plan,
         )
     return [*gradients, *(x for x in dinitial if x is not None)]
 
@@ -124,9 +143,9 @@ def _(dh, dc_final, dn_final, q, k, v, igate, fgate, c, n, *_):
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.final_state, _, ctx.scale, ctx.eps = inputs
-    _, _, _, m, *saved = output
+    _, _, _, *saved = output  # from the final m on
     ctx.save_for_backward(*tensors, *saved)
-    ctx.mark_non_differentiable(m, *saved)
+    ctx.mark_non_differentiable(*saved)
 
 
 def _backward(ctx, dh, dc, dn, *_):
@@ -164,7 +183,7 @@ def mlstm_triton(
         mask,
         cu_seqlens,
         output_final_state,
-        common.save_states() and torch.is_grad_enabled(),
+        environment.saves_states() and torch.is_grad_enabled(),
         scale,
         eps,
     )
@@ -181,24 +200,24 @@ def mlstm_step_inplace(
     c: torch.Tensor,
     n: torch.Tensor,
     m: torch.Tensor,
+    state_indices: torch.Tensor | None,
     scale: float,
     eps: float,
 ) -> torch.Tensor:
-    """h; the new state replaces the old one. Safe under CUDA graphs: nothing is allocated that outlives the call."""
-    sequence = [x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate)]
-    state = tuple(x.contiguous() for x in (c, n, m))
-    new_state = (state[0], torch.empty_like(state[1]), torch.empty_like(state[2]))
+    """h; the new state replaces the old one. Safe under CUDA graphs: nothing is allocated that outlives the call, and
+    nothing is read back from the GPU."""
+    tokens = [x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate)]
+    state = common.state_rows((c, n, m), state_indices)
     with common.on_device(q):
-        h, _ = launch.recurrent(*sequence, None, state, new_state, scale, eps)
-    # n and m are read by several programs and so cannot be written by one of them
-    torch._foreach_copy_([n, m], new_state[1:])
-    if state[0] is not c:
-        c.copy_(state[0])
+        h = launch.step(*tokens, state, common.contiguous(state_indices), scale, eps)
+    for old, new in zip((c, n, m), state, strict=True):
+        if old is not new:
+            old.copy_(new)
     return h.squeeze(1)
 
 
 @mlstm_step_inplace.register_fake
-def _(q, k, v, igate, fgate, c, n, m, scale, eps):
+def _(q, k, v, igate, fgate, c, n, m, state_indices, scale, eps):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -213,10 +232,18 @@ def mlstm_step_triton(
     scale: float,
     eps: float,
     inplace: bool,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, MLSTMState]:
-    """One step; shapes as in `hf_xlstm.ops.mlstm_step`. In place it is for inference and takes no gradient."""
+    """One step; shapes as in `hf_xlstm.ops.mlstm_step`. In place it is for inference and takes no gradient.
+
+    With `state_indices` (B,), int32 or int64, the state is a pool (slots, H, ...), and token b reads and writes slot
+    state_indices[b]. A negative index is padding: h is 0 there, and no slot is read or written. No slot may be named
+    twice. Raises ValueError unless `inplace`.
+    """
     if inplace:
-        return mlstm_step_inplace(q, k, v, igate, fgate, *state, scale, eps), state
+        return mlstm_step_inplace(q, k, v, igate, fgate, *state, state_indices, scale, eps), state
+    if state_indices is not None:
+        raise ValueError("`state_indices` needs inplace=True: a pool of states is updated, not copied.")
     sequence = (x.unsqueeze(1) for x in (q, k, v, igate, fgate))
     h, state = mlstm_triton(*sequence, initial_state=state, output_final_state=True, scale=scale, eps=eps)
     return h.squeeze(1), state

@@ -15,11 +15,16 @@ passes are custom ops.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.scan import scan
+from torch.utils.flop_counter import register_flop_formula
 
+from ..numerics import first_derivatives_only, stored, without_autocast
+from ..slots import step_in_slots
 from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 
@@ -49,7 +54,7 @@ class Schedule(NamedTuple):
 
 
 def _schedule(x: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> Schedule:
-    """For x (B, T, ...)."""
+    """The schedule of x (B, T, ...)."""
     B, T = x.shape[:2]
     token = torch.arange(B * T, device=x.device)
     if cu_seqlens is None:
@@ -106,7 +111,7 @@ def _forward(
     m = (m0 + n0.log())[sequence]
 
     h_blocks, c_blocks = (s[: N + steps].split(blocks) for s in (h, c))
-    with torch.autocast(gates.device.type, enabled=False):
+    with without_autocast(gates.device):
         for t, x_t in enumerate(x[:steps].split(sizes)):
             size = sizes[t]
             recurrent = torch.bmm(h_blocks[t][:size].transpose(0, 1), weight)  # (H, size, 4 D)
@@ -178,7 +183,7 @@ def _backward(
     dcn = torch.stack([dc_final, dn_final], dim=1)[sequence]  # (N, 2, H, D)
     dx = torch.zeros_like(x)
 
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h.device):
         end = steps
         for first in reversed(range(0, len(sizes), TILE)):
             tile_sizes = sizes[first : first + TILE]
@@ -227,23 +232,76 @@ def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqle
     return h.new_empty(B, T, 4, H, D), *d_parameters, *(torch.empty_like(h0) for _ in range(3))
 
 
-def _save(ctx, inputs, output):
-    _, recurrent_weight, _, h0, _, n0, _, mask, cu_seqlens = inputs
-    h, _, _, _, m, x, c = output
-    ctx.save_for_backward(recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c)
-    ctx.mark_non_differentiable(m, x, c)
-    ctx.set_materialize_grads(False)  # zeros as gradients of x and c would cost as much memory as x and c
+class _SLSTM(torch.autograd.Function):
+    """The operator with its gradient, for autograd and the transforms of `torch.func`."""
+
+    @staticmethod
+    def forward(gates, recurrent_weight, bias, h0, c0, n0, m0, mask, cu_seqlens):
+        return _forward(gates, recurrent_weight, bias, h0, c0, n0, m0, mask, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, recurrent_weight, _, h0, _, n0, _, mask, cu_seqlens = inputs
+        h, _, _, _, m, x, c = output
+        ctx.save_for_backward(recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c)
+        ctx.mark_non_differentiable(m, x, c)
+        ctx.set_materialize_grads(False)  # zeros as gradients of x and c would cost as much memory as x and c
+
+    @staticmethod
+    def backward(ctx, dh, dh_final, dc_final, dn_final, *_):
+        saved = ctx.saved_tensors  # read once: checkpointing hands them out only once
+        _, h0, _, _, _, h, _, _ = saved
+        dh = torch.zeros_like(h) if dh is None else dh
+        d_final = (torch.zeros_like(h0) if d is None else d for d in (dh_final, dc_final, dn_final))
+        return *_SLSTMGradient.apply(dh, *d_final, *saved), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_SLSTM.apply, info, in_dims, inputs)
 
 
-def _differentiate(ctx, dh, dh_final, dc_final, dn_final, *_):
-    saved = ctx.saved_tensors  # read once: checkpointing hands them out only once
-    _, h0, _, _, _, h, _, _ = saved
-    dh = torch.zeros_like(h) if dh is None else dh
-    d_final = (torch.zeros_like(h0) if d is None else d for d in (dh_final, dc_final, dn_final))
-    return *_backward(dh, *d_final, *saved), None, None, None
+class _SLSTMGradient(torch.autograd.Function):
+    """The gradient operator, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c):
+        return _backward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        first_derivatives_only("slstm", "torch")
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_SLSTMGradient.apply, info, in_dims, inputs)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+def _one_by_one(apply: Callable, info, in_dims: tuple[int | None, ...], inputs: tuple[torch.Tensor | None, ...]):
+    """`vmap` of the Functions above: its rows run one after another, since each may have a mask and weights of its
+    own, and wants the gradient of its weights."""
+    rows = [
+        apply(*(x if dim is None else x.select(dim, row) for x, dim in zip(inputs, in_dims, strict=True)))
+        for row in range(info.batch_size)
+    ]
+    return tuple(torch.stack(x) for x in zip(*rows, strict=True)), 0
+
+
+@register_flop_formula(_forward._opoverload.overloadpacket)
+def _flops(gates_shape, *_, out_shape=None, **kwargs) -> int:
+    """Two for every number of the recurrent weights, token and row."""
+    B, T, gates, H, D = gates_shape
+    return 2 * B * T * gates * H * D * D
+
+
+@register_flop_formula(_backward._opoverload.overloadpacket)
+def _backward_flops(dh_shape, *_, out_shape=None, **kwargs) -> int:
+    """Twice as many: the gradients of h and of the weight."""
+    B, T, H, D = dh_shape
+    return 4 * B * T * 4 * H * D * D
 
 
 def slstm_torch(
@@ -259,8 +317,29 @@ def slstm_torch(
     """The sequence; shapes as in `hf_xlstm.ops.slstm`."""
     if initial_state is None:
         initial_state = zero_slstm_state(gates, gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    h, *final_state, _, _ = _forward(gates, recurrent_weight, bias, *initial_state, mask, cu_seqlens)
+    if torch.compiler.is_exporting():
+        h, final_state = _exported(gates, recurrent_weight, bias, initial_state, mask, cu_seqlens)
+        return h, final_state if output_final_state else None
+    h, *final_state, _, _ = _SLSTM.apply(gates, recurrent_weight, bias, *initial_state, mask, cu_seqlens)
     return h, tuple(final_state) if output_final_state else None
+
+
+def _exported(gates, recurrent_weight, bias, state: SLSTMState, mask, cu_seqlens) -> tuple[torch.Tensor, SLSTMState]:
+    """The sequence as a loop that is part of the graph, `torch.scan`: what runs an exported graph knows no operator of
+    ours. The length may be any from 1 on if the example has more than one token."""
+    if cu_seqlens is not None:
+        raise NotImplementedError("`slstm` cannot be exported with `cu_seqlens`: export rows of a batch instead.")
+    keep = gates.new_ones(gates.shape[:2], dtype=torch.bool) if mask is None else mask
+    gates_and_keep = gates.transpose(0, 1), keep.transpose(0, 1)[..., None, None]
+
+    def step(state: SLSTMState, token: tuple[torch.Tensor, torch.Tensor]) -> tuple[SLSTMState, torch.Tensor]:
+        gates, keep = token
+        _, new = slstm_step_torch(gates, recurrent_weight, bias, state)
+        new = tuple(torch.where(keep, x, y).contiguous() for x, y in zip(new, state, strict=True))  # strides as before
+        return new, torch.where(keep, new[0], 0)
+
+    final_state, h = scan(step, tuple(x.contiguous() for x in state), gates_and_keep, dim=0)
+    return h.transpose(0, 1).to(gates.dtype), tuple(final_state)
 
 
 def slstm_step_torch(
@@ -270,19 +349,23 @@ def slstm_step_torch(
     state: SLSTMState,
     *,
     inplace: bool = False,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SLSTMState]:
     """One step; shapes as in `hf_xlstm.ops.slstm_step`.
 
     The weight is used as it is stored, one product per gate and head: rearranging it would cost more than the product.
     """
+    if state_indices is not None:
+
+        def step(gates, state, inplace=False):
+            return slstm_step_torch(gates, recurrent_weight, bias, state, inplace=inplace)
+
+        return step_in_slots(step, (gates,), state, state_indices)
     B, _, H, D = gates.shape
     h, dtype = state[0], state[0].dtype
     h_per_gate = h.transpose(0, 1).expand(4, H, B, D).flatten(0, 1)
-    with torch.autocast(gates.device.type, enabled=False):
+    with without_autocast(gates.device):
         recurrent = torch.bmm(h_per_gate, recurrent_weight.to(dtype).flatten(0, 1).mT)
     x = recurrent.view(4, H, B, D).permute(2, 0, 1, 3) + gates.to(dtype) + bias.to(dtype)
     new_state = slstm_cell(x, state)
-    if inplace:
-        for old, new in zip(state, new_state, strict=True):
-            old.copy_(new)
-    return new_state[0].to(gates.dtype), state if inplace else new_state
+    return new_state[0].to(gates.dtype), stored(new_state, state, inplace)

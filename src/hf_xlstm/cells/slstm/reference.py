@@ -4,11 +4,10 @@ This is the definition. Every faster implementation in this folder has the signa
 against it in float64. Dimension letters: B batch, T time, H heads, D head dim. Gates are in the order i, f, z, o.
 """
 
-from itertools import pairwise
-
 import torch
 
-from ..numerics import gate_dtype, log_forget_gate, stored
+from ..numerics import gate_dtype, log_forget_gate, one_after_another, stored, without_autocast
+from ..slots import step_in_slots
 
 
 SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # h, c, n, m, each (B, H, D)
@@ -49,7 +48,7 @@ def slstm_recurrent_step(
     The pre-activations are those of the input plus R h_{t-1} + b, where R mixes the units of a head.
     """
     gates, recurrent_weight, bias = (x.to(state[0].dtype) for x in (gates, recurrent_weight, bias))
-    with torch.autocast(gates.device.type, enabled=False):
+    with without_autocast(gates.device):
         recurrent = torch.einsum("ghoi,bhi->bgho", recurrent_weight, state[0])
     new_state = slstm_cell(gates + recurrent + bias, state)
     return new_state[0], new_state
@@ -67,7 +66,13 @@ def slstm_recurrent(
 ) -> tuple[torch.Tensor, SLSTMState | None]:
     """The sequence, token by token; shapes as in `hf_xlstm.ops.slstm`."""
     if cu_seqlens is not None:
-        return _packed(gates, recurrent_weight, bias, initial_state, output_final_state, mask, cu_seqlens)
+        states = zero_slstm_state(gates, cu_seqlens.shape[0] - 1) if initial_state is None else initial_state
+
+        def run(gates, **options):
+            return slstm_recurrent(gates, recurrent_weight, bias, **options)
+
+        h, final_state = one_after_another(run, (gates,), states, mask, cu_seqlens)
+        return h, final_state if output_final_state else None
     state = zero_slstm_state(gates, gates.shape[0]) if initial_state is None else initial_state
     outputs = []
     for t in range(gates.shape[1]):
@@ -81,31 +86,13 @@ def slstm_recurrent(
     return torch.stack(outputs, dim=1).to(gates.dtype), state if output_final_state else None
 
 
-def _packed(gates, recurrent_weight, bias, initial_state, output_final_state, mask, cu_seqlens):
-    """Packed sequences, one after another; an empty one passes its state on."""
-    bounds = cu_seqlens.tolist()
-    states = zero_slstm_state(gates, len(bounds) - 1) if initial_state is None else initial_state
-    outputs, final_states = [], []
-    for row, (start, end) in enumerate(pairwise(bounds)):
-        state = tuple(s[row : row + 1] for s in states)
-        if start < end:
-            h, state = slstm_recurrent(
-                gates[:, start:end],
-                recurrent_weight,
-                bias,
-                initial_state=state,
-                output_final_state=True,
-                mask=None if mask is None else mask[:, start:end],
-            )
-            outputs.append(h)
-        final_states.append(state)
-    final_state = tuple(torch.cat(s) for s in zip(*final_states, strict=True)) if output_final_state else None
-    return torch.cat(outputs, dim=1), final_state
-
-
-def slstm_step_reference(gates, recurrent_weight, bias, state, *, inplace=False):
+def slstm_step_reference(gates, recurrent_weight, bias, state, *, inplace=False, state_indices=None):
     """One step; shapes as in `hf_xlstm.ops.slstm_step`."""
-    h, new_state = slstm_recurrent(
-        gates.unsqueeze(1), recurrent_weight, bias, initial_state=state, output_final_state=True
-    )
-    return h.squeeze(1), stored(new_state, state, inplace)
+    if state_indices is not None:
+
+        def step(gates, state, inplace=False):
+            return slstm_step_reference(gates, recurrent_weight, bias, state, inplace=inplace)
+
+        return step_in_slots(step, (gates,), state, state_indices)
+    h, new_state = slstm_recurrent_step(gates, recurrent_weight, bias, state)
+    return h.to(gates.dtype), stored(new_state, state, inplace)

@@ -1,23 +1,25 @@
 """Triton kernels of the sLSTM: a whole sequence in one launch, forward and backward.
 
-The equations are those of slstm_torch.py, with the stabilizer m_t = log(exp(log f_t + m_{t-1}) + exp(i_t)) and n = 1:
+The equations are those of eager.py, with the stabilizer m_t = log(exp(log f_t + m_{t-1}) + exp(i_t)) and n = 1:
 
     u_t = i_t - (log f_t + m_{t-1})                i' = sigmoid(u_t), f' = sigmoid(-u_t)
     c_t = f' c_{t-1} + i' tanh(z_t)                h_t = sigmoid(o_t) c_t
 
 Every step needs all of h_{t-1}, so time is a loop inside the kernel, and what counts is how long one round takes. A
 program owns BB sequences and one head, and waits for no other program. Where the head's R, (4, D, D), fits on chip, a
-resident kernel loads it once and keeps it there, and c, m, h with it. Of a wider head, a streamed kernel reads R again
+resident kernel loads it once and keeps it there, and c, m, h with it. A streamed kernel reads R of a wider head again
 at every step, BK x BD at a time, from the caches. Its state stays in memory: c and m where the final state goes, and
-h, which every block of the next step reads, in two buffers, taken in turn, so that one barrier per step is enough.
+h, which every tile of the next step reads, in two buffers, taken in turn, so that one barrier per step is enough.
 The backward pass does likewise, with the gradients of the gates in the place of h.
 
 The forward pass keeps u, sigmoid(-f), tanh(z), sigmoid(o) and c for the backward pass.
 
-Names: p_ pointers, b_ blocks, o_ offsets. Dimension letters: N sequences, H heads, D head dim, BB block of sequences,
-BD and BK blocks of units, those a product makes and those it sums over. States are (N, H, D), all other tensors
-(B, T, ...). A sequence is a row, or a document of a packed row between two bounds. T and N are run-time values: one
-compilation serves all.
+Names: p_ pointers, b_ values of a tile, o_ offsets. Masks: in_n sequences that exist [BB], in_d units that exist [BD],
+inside both, with a state [BB, BD]; in_t tokens that exist, b_live those that are not masked out [BB, BD]. Dimension
+letters: N sequences, H heads, D head dim, BB tile of sequences, BD and BK tiles of units, those a product makes and
+those it sums over; shapes [BB, BD] at the end of lines are those of tiles. States are (N, H, D), all other tensors
+(B, T, ...). A sequence is a row, or a document of a packed row between two entries of cu_seqlens. T and N are run-time
+values: one compilation serves all.
 """
 
 import triton
@@ -62,6 +64,18 @@ def work(N, T, p_cu_seqlens, H: tl.constexpr, BB: tl.constexpr):
 
 
 @triton.jit
+def state_rows(p_state_indices, o_n, in_n):
+    """The row of the states that each sequence has [BB], its own unless a table says which, and whether it has one."""
+    if p_state_indices is not None:
+        state_row = tl.load(p_state_indices + o_n, mask=in_n, other=-1).to(tl.int64)
+        has_state = state_row >= 0
+    else:
+        state_row = o_n
+        has_state = in_n
+    return state_row, has_state
+
+
+@triton.jit
 def is_live(p_mask, t, row, start, length, stride_b, stride_t):
     """Whether each sequence has a token at step t that is not masked out."""
     t += tl.zeros_like(length)  # Triton 3.9 does not interpret the conjunction of a scalar and a block
@@ -73,13 +87,13 @@ def is_live(p_mask, t, row, start, length, stride_b, stride_t):
 
 @triton.jit
 def places(o_row, t, stride, o_d):
-    """Of step t [BB, BD]."""
+    """The offsets of step t [BB, BD]."""
     return (o_row + tl.cast(t, tl.int64) * stride)[:, None] + o_d[None, :]
 
 
 @triton.jit
 def load_four(p, offsets, stride, mask):
-    """The same places of each of the four gates."""
+    """The values of each of the four gates at the same places."""
     return (
         tl.load(p + offsets, mask=mask, other=0.0),
         tl.load(p + offsets + stride, mask=mask, other=0.0),
@@ -108,7 +122,7 @@ def load_weights(
     D: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """[rows, columns] of each gate's R, 0 outside."""
+    """The tile [rows, columns] of each gate's R, 0 outside."""
     mask = (o_row < D)[:, None] & (o_column < D)[None, :]
     offsets = h * (D * D) + o_row[:, None] * stride_row + o_column[None, :] * stride_column
     w_i, w_f, w_z, w_o = load_four(p_recurrent_weight, offsets, H * D * D, mask)
@@ -166,7 +180,8 @@ def forward_resident_kernel(
     p_bias,
     p_mask,
     p_cu_seqlens,
-    p_h_initial,
+    p_state_indices,  # (N,) the row of the states that each sequence has, negative for none; None: its own
+    p_h_initial,  # (rows, H, D), like all states
     p_c_initial,
     p_n_initial,
     p_m_initial,
@@ -185,6 +200,7 @@ def forward_resident_kernel(
     stride_gh,
     stride_mb,
     stride_mt,
+    stride_state_row,
     H: tl.constexpr,
     D: tl.constexpr,
     BB: tl.constexpr,
@@ -193,18 +209,20 @@ def forward_resident_kernel(
     PRECISION: tl.constexpr,
 ):
     h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
+    state_row, has_state = state_rows(p_state_indices, o_n, in_n)
     o_d = tl.arange(0, BD)
-    inside = in_n[:, None] & (o_d < D)[None, :]
-    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, 1, D, H, D, DOT)
-    o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
-    b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
+    in_d = o_d < D
+    inside = has_state[:, None] & in_d[None, :]  # [BB, BD]
+    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, 1, D, H, D, DOT)  # [BD_in, BD_out]
+    o_state = (state_row * stride_state_row + h * D)[:, None] + o_d[None, :]
+    b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)  # [BB, BD]
 
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
     touched = tl.zeros_like(length) != 0
-    # The gates of the next step are on their way while this one is computed.
+    # The gates of a step are loaded while the step before is computed.
     live = is_live(p_mask, 0, row, start, length, stride_mb, stride_mt)
     x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, 0, stride_gt, o_d), stride_gg, live[:, None] & inside)
     for t in range(0, tl.max(length, 0)):
@@ -212,30 +230,30 @@ def forward_resident_kernel(
         o_next = places(o_gates, t + 1, stride_gt, o_d)
         next_i, next_f, next_z, next_o = load_four(p_gates, o_next, stride_gg, next_live[:, None] & inside)
 
-        # The bias is loaded again each time: registers are scarce.
+        # The bias is loaded at every step: kept, it would take registers that the products need.
         bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
-        b_h_before = b_h.to(DOT)
+        b_h_before = b_h.to(DOT)  # [BB, BD_in]
         b_i = tl.dot(b_h_before, w_i, acc=x_i.to(tl.float32) + bias_i[None, :], input_precision=PRECISION)
         b_f = tl.dot(b_h_before, w_f, acc=x_f.to(tl.float32) + bias_f[None, :], input_precision=PRECISION)
         b_z = tl.dot(b_h_before, w_z, acc=x_z.to(tl.float32) + bias_z[None, :], input_precision=PRECISION)
         b_o = tl.dot(b_h_before, w_o, acc=x_o.to(tl.float32) + bias_o[None, :], input_precision=PRECISION)
-        new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)
-        alive = live[:, None] & inside
-        b_c = tl.where(alive, new_c, b_c)
-        b_m = tl.where(alive, new_m, b_m)
-        b_h = tl.where(alive, b_o * new_c, b_h)
+        new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)  # [BB, BD]
+        b_live = live[:, None] & inside
+        b_c = tl.where(b_live, new_c, b_c)
+        b_m = tl.where(b_live, new_m, b_m)
+        b_h = tl.where(b_live, b_o * new_c, b_h)
         touched |= live
 
-        here = (t < length)[:, None] & inside
-        o_here = places(o_token, t, H * D, o_d)
-        tl.store(p_h + o_here, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
+        in_t = (t < length)[:, None] & in_d[None, :]
+        o_token_t = places(o_token, t, H * D, o_d)
+        tl.store(p_h + o_token_t, tl.where(b_live, b_h, 0.0).to(p_h.dtype.element_ty), mask=in_t)
         if p_saved is not None:
-            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, here)
-            tl.store(p_c + o_here, b_c, mask=here)
+            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, in_t)
+            tl.store(p_c + o_token_t, b_c, mask=in_t)
         live = next_live
         x_i, x_f, x_z, x_o = next_i, next_f, next_z, next_o
 
-    # Without a step the state is not even brought to n = 1.
+    # A sequence without a step keeps its state as it is, even its n.
     untouched = inside & (touched == 0)[:, None]
     b_n = tl.load(p_n_initial + o_state, mask=untouched, other=1.0)
     b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c)
@@ -253,7 +271,8 @@ def forward_streamed_kernel(
     p_bias,
     p_mask,
     p_cu_seqlens,
-    p_h_initial,
+    p_state_indices,  # (N,) the row of the states that each sequence has, negative for none; None: its own
+    p_h_initial,  # (rows, H, D), like all states
     p_c_initial,
     p_n_initial,
     p_m_initial,
@@ -265,7 +284,7 @@ def forward_streamed_kernel(
     p_saved,  # (B, T, 4, H, D)
     p_c,  # (B, T, H, D)
     p_h_before,  # (2, N, H, D): h_{t-1} in half t % 2
-    units,  # D, at run time: were it known, the compiler would unroll the loops over blocks, and spill
+    units,  # D, at run time: were it known, the compiler would unroll the loops over tiles, and spill
     T,
     N,
     stride_gb,
@@ -274,6 +293,7 @@ def forward_streamed_kernel(
     stride_gh,
     stride_mb,
     stride_mt,
+    stride_state_row,
     H: tl.constexpr,
     D: tl.constexpr,
     BB: tl.constexpr,
@@ -287,18 +307,20 @@ def forward_streamed_kernel(
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
+    state_row, has_state = state_rows(p_state_indices, o_n, in_n)
     o_head = (o_n * H + h) * D
+    o_state_head = state_row * stride_state_row + h * D
     half = tl.cast(N, tl.int64) * H * D
 
     for first in range(0, D, BD):
         o_d = first + tl.arange(0, BD)
-        inside = in_n[:, None] & (o_d < D)[None, :]
-        o_state = o_head[:, None] + o_d[None, :]
+        inside = has_state[:, None] & (o_d < D)[None, :]
+        o_state = o_state_head[:, None] + o_d[None, :]
         b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
         tl.store(p_h_final + o_state, b_h, mask=inside)
         tl.store(p_c_final + o_state, b_c, mask=inside)
         tl.store(p_m_final + o_state, b_m, mask=inside)
-        tl.store(p_h_before + o_state, b_h.to(p_h_before.dtype.element_ty), mask=inside)
+        tl.store(p_h_before + o_head[:, None] + o_d[None, :], b_h.to(p_h_before.dtype.element_ty), mask=inside)
     tl.debug_barrier()
 
     touched = tl.zeros_like(length) != 0
@@ -307,12 +329,13 @@ def forward_streamed_kernel(
         touched |= live
         p_read = p_h_before + t % 2 * half
         p_write = p_h_before + (t + 1) % 2 * half
-        # All addresses of a step, kept in registers from step to step, would fill these.
+        # Otherwise the compiler hoists the address arithmetic out of the loop over steps, and the registers spill.
         for first in tl.range(0, units, BD, disable_licm=True):
             o_d = first + tl.arange(0, BD)
-            inside = in_n[:, None] & (o_d < D)[None, :]
-            alive = live[:, None] & inside
-            x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, t, stride_gt, o_d), stride_gg, alive)
+            in_d = o_d < D
+            inside = has_state[:, None] & in_d[None, :]  # [BB, BD]
+            b_live = live[:, None] & inside
+            x_i, x_f, x_z, x_o = load_four(p_gates, places(o_gates, t, stride_gt, o_d), stride_gg, b_live)
             bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, o_d < D)
             b_i = x_i.to(tl.float32) + bias_i[None, :]
             b_f = x_f.to(tl.float32) + bias_f[None, :]
@@ -321,39 +344,40 @@ def forward_streamed_kernel(
             for first_k in range(0, units, BK):
                 o_k = first_k + tl.arange(0, BK)
                 o_before = o_head[:, None] + o_k[None, :]
-                b_h_before = tl.load(p_read + o_before, mask=in_n[:, None] & (o_k < D)[None, :], other=0.0).to(DOT)
-                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, 1, D, H, D, DOT)
+                in_before = has_state[:, None] & (o_k < D)[None, :]
+                b_h_before = tl.load(p_read + o_before, mask=in_before, other=0.0).to(DOT)  # [BB, BK]
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, 1, D, H, D, DOT)  # [BK, BD]
                 b_i = tl.dot(b_h_before, w_i, acc=b_i, input_precision=PRECISION)
                 b_f = tl.dot(b_h_before, w_f, acc=b_f, input_precision=PRECISION)
                 b_z = tl.dot(b_h_before, w_z, acc=b_z, input_precision=PRECISION)
                 b_o = tl.dot(b_h_before, w_o, acc=b_o, input_precision=PRECISION)
 
-            o_state = o_head[:, None] + o_d[None, :]
+            o_state = o_state_head[:, None] + o_d[None, :]
             b_h = tl.load(p_h_final + o_state, mask=inside, other=0.0)
             b_c = tl.load(p_c_final + o_state, mask=inside, other=0.0)
             b_m = tl.load(p_m_final + o_state, mask=inside, other=0.0)
-            new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)
-            b_c = tl.where(alive, new_c, b_c)
-            b_h = tl.where(alive, b_o * new_c, b_h)
-            tl.store(p_h_final + o_state, b_h, mask=alive)
-            tl.store(p_c_final + o_state, b_c, mask=alive)
-            tl.store(p_m_final + o_state, new_m, mask=alive)
-            tl.store(p_write + o_state, b_h.to(p_h_before.dtype.element_ty), mask=inside)
+            new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)  # [BB, BD]
+            b_c = tl.where(b_live, new_c, b_c)
+            b_h = tl.where(b_live, b_o * new_c, b_h)
+            tl.store(p_h_final + o_state, b_h, mask=b_live)
+            tl.store(p_c_final + o_state, b_c, mask=b_live)
+            tl.store(p_m_final + o_state, new_m, mask=b_live)
+            tl.store(p_write + o_head[:, None] + o_d[None, :], b_h.to(p_h_before.dtype.element_ty), mask=inside)
 
-            here = (t < length)[:, None] & inside
-            o_here = places(o_token, t, H * D, o_d)
-            tl.store(p_h + o_here, tl.where(alive, b_h, 0.0).to(p_h.dtype.element_ty), mask=here)
+            in_t = (t < length)[:, None] & in_d[None, :]
+            o_token_t = places(o_token, t, H * D, o_d)
+            tl.store(p_h + o_token_t, tl.where(b_live, b_h, 0.0).to(p_h.dtype.element_ty), mask=in_t)
             if p_saved is not None:
-                store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, here)
-                tl.store(p_c + o_here, b_c, mask=here)
+                store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, in_t)
+                tl.store(p_c + o_token_t, b_c, mask=in_t)
         tl.debug_barrier()
 
-    # Without a step the state is not even brought to n = 1.
+    # A sequence without a step keeps its state as it is, even its n.
     for first in range(0, D, BD):
         o_d = first + tl.arange(0, BD)
-        inside = in_n[:, None] & (o_d < D)[None, :]
+        inside = has_state[:, None] & (o_d < D)[None, :]
         untouched = inside & (touched == 0)[:, None]
-        o_state = o_head[:, None] + o_d[None, :]
+        o_state = o_state_head[:, None] + o_d[None, :]
         tl.store(p_n_final + o_state, tl.load(p_n_initial + o_state, mask=untouched, other=1.0), mask=inside)
         tl.store(p_c_final + o_state, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), mask=untouched)
         tl.store(p_m_final + o_state, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), mask=untouched)
@@ -393,7 +417,7 @@ def backward_resident_kernel(
     h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
     o_d = tl.arange(0, BD)
     inside = in_n[:, None] & (o_d < D)[None, :]
-    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, D, 1, H, D, DOT)
+    w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, D, 1, H, D, DOT)  # [BD_out, BD_in]
     o_state = (o_n[:, None] * H + h) * D + o_d[None, :]
     b_dh = tl.load(p_dh_final + o_state, mask=inside, other=0.0)
     b_dc = tl.load(p_dc_final + o_state, mask=inside, other=0.0)
@@ -403,41 +427,41 @@ def backward_resident_kernel(
     o_saved = (row * T + start) * (4 * H * D) + h * D
     steps = tl.max(length, 0)
     live = is_live(p_mask, steps - 1, row, start, length, stride_mb, stride_mt)
-    here = live[:, None] & inside
-    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, steps - 1, 4 * H * D, o_d), H * D, here)
-    o_here = places(o_token, steps - 1, H * D, o_d)
-    b_c = tl.load(p_c + o_here, mask=here, other=0.0)
-    b_out = tl.load(p_dh + o_here, mask=here, other=0.0)
+    b_live = live[:, None] & inside
+    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, steps - 1, 4 * H * D, o_d), H * D, b_live)
+    o_token_t = places(o_token, steps - 1, H * D, o_d)
+    b_c = tl.load(p_c + o_token_t, mask=b_live, other=0.0)
+    b_out = tl.load(p_dh + o_token_t, mask=b_live, other=0.0)
     d_i = tl.zeros((BB, BD), DOT)
     d_f, d_z, d_o = d_i, d_i, d_i
     for step in range(0, steps + 1):
         t = tl.zeros_like(length) + (steps - 1 - step)
-        # What the step before needs is on its way while this one is computed.
+        # What the step before needs is loaded while this one is computed.
         next_live = is_live(p_mask, t - 1, row, start, length, stride_mb, stride_mt)
-        next_here = next_live[:, None] & inside
+        b_next_live = next_live[:, None] & inside
         o_before = places(o_token, t - 1, H * D, o_d)
         b_c_before = tl.load(p_c + o_before, mask=((t > 0) & (t <= length))[:, None] & inside, other=0.0)
         b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & inside, other=0.0)
         o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
-        next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, next_here)
-        next_out = tl.load(p_dh + o_before, mask=next_here, other=0.0)
+        next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, b_next_live)
+        next_out = tl.load(p_dh + o_before, mask=b_next_live, other=0.0)
 
         b_dh = tl.dot(d_i, w_i, acc=b_dh, input_precision=PRECISION)
         b_dh = tl.dot(d_f, w_f, acc=b_dh, input_precision=PRECISION)
         b_dh = tl.dot(d_z, w_z, acc=b_dh, input_precision=PRECISION)
         b_dh = tl.dot(d_o, w_o, acc=b_dh, input_precision=PRECISION)
-        dh = b_dh + b_out.to(tl.float32)
+        dh = b_dh + b_out.to(tl.float32)  # [BB, BD]
         b_di, b_df, b_dz, b_do, dc, dn = cell_backward(dh, b_dc, b_dn, b_u, b_shut, b_z, b_o, b_c, b_c_before)
-        alive = live[:, None] & inside
-        b_di = tl.where(alive, b_di, 0.0)
-        b_df = tl.where(alive, b_df, 0.0)
-        b_dz = tl.where(alive, b_dz, 0.0)
-        b_do = tl.where(alive, b_do, 0.0)
-        b_dh = tl.where(alive, 0.0, b_dh)
-        b_dc = tl.where(alive, dc, b_dc)
-        b_dn = tl.where(alive, dn, b_dn)
-        here = ((t >= 0) & (t < length))[:, None] & inside
-        store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, here)
+        b_live = live[:, None] & inside
+        b_di = tl.where(b_live, b_di, 0.0)
+        b_df = tl.where(b_live, b_df, 0.0)
+        b_dz = tl.where(b_live, b_dz, 0.0)
+        b_do = tl.where(b_live, b_do, 0.0)
+        b_dh = tl.where(b_live, 0.0, b_dh)
+        b_dc = tl.where(b_live, dc, b_dc)
+        b_dn = tl.where(b_live, dn, b_dn)
+        in_t = ((t >= 0) & (t < length))[:, None] & inside
+        store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, in_t)
         d_i, d_f, d_z, d_o = b_di.to(DOT), b_df.to(DOT), b_dz.to(DOT), b_do.to(DOT)
         live = next_live
         b_u, b_shut, b_z, b_o = next_u, next_shut, next_z, next_o
@@ -465,7 +489,7 @@ def backward_streamed_kernel(
     p_dc_initial,
     p_dn_initial,
     p_dx,  # (2, N, 4, H, D): the gates' gradients of the step behind and of this one; the first half comes as 0
-    units,  # D, at run time: were it known, the compiler would unroll the loops over blocks, and spill
+    units,  # D, at run time: were it known, the compiler would unroll the loops over tiles, and spill
     T,
     N,
     stride_mb,
@@ -501,7 +525,7 @@ def backward_streamed_kernel(
         live = is_live(p_mask, t, row, start, length, stride_mb, stride_mt)
         p_read = p_dx + step % 2 * half
         p_write = p_dx + (step + 1) % 2 * half
-        # All addresses of a step, kept in registers from step to step, would fill these.
+        # Otherwise the compiler hoists the address arithmetic out of the loop over steps, and the registers spill.
         for first in tl.range(0, units, BD, disable_licm=True):
             o_d = first + tl.arange(0, BD)
             inside = in_n[:, None] & (o_d < D)[None, :]
@@ -511,30 +535,30 @@ def backward_streamed_kernel(
                 o_k = first_k + tl.arange(0, BK)
                 o_behind = o_dx[:, None] + o_k[None, :]
                 d_i, d_f, d_z, d_o = load_four(p_read, o_behind, H * D, in_n[:, None] & (o_k < D)[None, :])
-                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, D, 1, H, D, DOT)
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, D, 1, H, D, DOT)  # [BK, BD]
                 b_dh = tl.dot(d_i.to(DOT), w_i, acc=b_dh, input_precision=PRECISION)
                 b_dh = tl.dot(d_f.to(DOT), w_f, acc=b_dh, input_precision=PRECISION)
                 b_dh = tl.dot(d_z.to(DOT), w_z, acc=b_dh, input_precision=PRECISION)
                 b_dh = tl.dot(d_o.to(DOT), w_o, acc=b_dh, input_precision=PRECISION)
 
-            alive = live[:, None] & inside
-            o_here = places(o_token, t, H * D, o_d)
-            b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, alive)
-            b_c = tl.load(p_c + o_here, mask=alive, other=0.0)
-            b_c_before = tl.load(p_c + places(o_token, t - 1, H * D, o_d), mask=(t > 0)[:, None] & alive, other=0.0)
-            b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & alive, other=0.0)
-            dh = b_dh + tl.load(p_dh + o_here, mask=alive, other=0.0).to(tl.float32)
-            dc = tl.load(p_dc_initial + o_state, mask=alive, other=0.0)
-            dn = tl.load(p_dn_initial + o_state, mask=alive, other=0.0)
+            b_live = live[:, None] & inside
+            o_token_t = places(o_token, t, H * D, o_d)
+            b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_live)
+            b_c = tl.load(p_c + o_token_t, mask=b_live, other=0.0)
+            b_c_before = tl.load(p_c + places(o_token, t - 1, H * D, o_d), mask=(t > 0)[:, None] & b_live, other=0.0)
+            b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & b_live, other=0.0)
+            dh = b_dh + tl.load(p_dh + o_token_t, mask=b_live, other=0.0).to(tl.float32)
+            dc = tl.load(p_dc_initial + o_state, mask=b_live, other=0.0)
+            dn = tl.load(p_dn_initial + o_state, mask=b_live, other=0.0)
             b_di, b_df, b_dz, b_do, dc, dn = cell_backward(dh, dc, dn, b_u, b_shut, b_z, b_o, b_c, b_c_before)
-            b_di = tl.where(alive, b_di, 0.0)
-            b_df = tl.where(alive, b_df, 0.0)
-            b_dz = tl.where(alive, b_dz, 0.0)
-            b_do = tl.where(alive, b_do, 0.0)
-            tl.store(p_dh_initial + o_state, tl.where(alive, 0.0, b_dh), mask=inside)
-            tl.store(p_dc_initial + o_state, dc, mask=alive)
-            tl.store(p_dn_initial + o_state, dn, mask=alive)
+            b_di = tl.where(b_live, b_di, 0.0)
+            b_df = tl.where(b_live, b_df, 0.0)
+            b_dz = tl.where(b_live, b_dz, 0.0)
+            b_do = tl.where(b_live, b_do, 0.0)
+            tl.store(p_dh_initial + o_state, tl.where(b_live, 0.0, b_dh), mask=inside)
+            tl.store(p_dc_initial + o_state, dc, mask=b_live)
+            tl.store(p_dn_initial + o_state, dn, mask=b_live)
             store_four(p_write, o_dx[:, None] + o_d[None, :], H * D, b_di, b_df, b_dz, b_do, inside)
-            here = ((t >= 0) & (t < length))[:, None] & inside
-            store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, here)
+            in_t = ((t >= 0) & (t < length))[:, None] & inside
+            store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, in_t)
         tl.debug_barrier()

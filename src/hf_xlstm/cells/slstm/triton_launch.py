@@ -48,11 +48,17 @@ def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dot_options(dtype)["DOT"] == tl.bfloat16 else torch.float32
 
 
-def run_forward(gates, recurrent_weight, bias, initial, final, mask, cu_seqlens, save: bool, tiles: Tiles):
+def run_forward(
+    gates, recurrent_weight, bias, initial, final, mask, cu_seqlens, save: bool, tiles: Tiles, state_indices=None
+):
     """h, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c. The final state (h, c, n, m) goes into
-    `final`, which may be `initial` itself where every sequence takes a step."""
+    `final`, which may be `initial` itself where every sequence takes a step.
+
+    With `state_indices` (B,), row b starts from row state_indices[b] of `initial` and ends in the same row of `final`;
+    where the index is negative, h is 0 and no state is read or written. The rows of all states are equally far apart.
+    """
     B, T, _, H, D = gates.shape
-    N = initial[0].shape[0]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gates = _dense(gates)
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
@@ -68,6 +74,7 @@ def run_forward(gates, recurrent_weight, bias, initial, final, mask, cu_seqlens,
             p_bias=bias.contiguous(),
             p_mask=mask,
             p_cu_seqlens=contiguous(cu_seqlens),
+            p_state_indices=contiguous(state_indices),
             p_h_initial=initial[0],
             p_c_initial=initial[1],
             p_n_initial=initial[2],
@@ -87,6 +94,7 @@ def run_forward(gates, recurrent_weight, bias, initial, final, mask, cu_seqlens,
             stride_gg=gates.stride(2),
             stride_gh=gates.stride(3),
             **strides(m=mask),
+            stride_state_row=initial[0].stride(0),
             H=H,
             D=D,
             **tiles.options,

@@ -141,13 +141,15 @@ def slstm_step_inplace(
     c: torch.Tensor,
     n: torch.Tensor,
     m: torch.Tensor,
+    state_indices: torch.Tensor | None,
 ) -> torch.Tensor:
-    """h; the new state replaces the old one."""
+    """h; the new state replaces the old one. Safe under CUDA graphs, like `mlstm_step_inplace`."""
     given = (h, c, n, m)
-    state = tuple(x.contiguous() for x in given)
+    state = common.state_rows(given, state_indices, same_stride=True)
     gates = gates[:, None]
-    tiles = _plan(gates)
-    output, _, _ = launch.run_forward(gates, recurrent_weight, bias, state, state, None, None, False, tiles)
+    output, _, _ = launch.run_forward(
+        gates, recurrent_weight, bias, state, state, None, None, False, _plan(gates), state_indices
+    )
     for old, new in zip(given, state, strict=True):
         if old is not new:
             old.copy_(new)
@@ -155,7 +157,7 @@ def slstm_step_inplace(
 
 
 @slstm_step_inplace.register_fake
-def _(gates, recurrent_weight, bias, h, c, n, m):
+def _(gates, recurrent_weight, bias, h, c, n, m, state_indices):
     return gates.new_empty(gates.shape[0], *gates.shape[2:])
 
 
@@ -166,9 +168,17 @@ def slstm_step_triton(
     state: SLSTMState,
     *,
     inplace: bool = False,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SLSTMState]:
-    """One step; shapes as in `hf_xlstm.ops.slstm_step`."""
+    """One step; shapes as in `hf_xlstm.ops.slstm_step`.
+
+    With `state_indices` (B,), int32 or int64, the state is a pool (slots, H, D), and row b reads and writes slot
+    state_indices[b]. A negative index is padding: h is 0 there, and no slot is read or written. No slot may be named
+    twice. Raises ValueError unless `inplace`.
+    """
     if inplace:
-        return slstm_step_inplace(gates, recurrent_weight, bias, *state), state
+        return slstm_step_inplace(gates, recurrent_weight, bias, *state, state_indices), state
+    if state_indices is not None:
+        raise ValueError("`state_indices` needs inplace=True: a pool of states is updated, not copied.")
     h, state = slstm_triton(gates[:, None], recurrent_weight, bias, initial_state=state, output_final_state=True)
     return h[:, 0], state

@@ -213,3 +213,26 @@ def protect(app, model: str | None, api_key: str | None):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(Guard, model=model, api_key=api_key)
     return app
+
+
+def batch(directory: str | None, max_bytes: int) -> None:
+    """Gives the models of this process a store of states, and lets the server's requests sample as each of them asks:
+    Transformers would give all of them the settings of the first."""
+    from transformers.cli.serving import utils
+
+    from hf_xlstm import xLSTMForCausalLM
+    from hf_xlstm.state_store import StateStore
+
+    xLSTMForCausalLM.state_store = StateStore(max_bytes, directory)
+
+    class Manager(utils.CBGenerateManager):
+        def generate_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
+            self._cb.expect(request_id, gen_config, processor)
+            return super().generate_streaming(model, processor, inputs, gen_config, request_id, *args, **kwargs)
+
+        async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
+            self._cb.expect(request_id, gen_config, processor)
+            super_ = super().generate_non_streaming(model, processor, inputs, gen_config, request_id, *args, **kwargs)
+            return await super_
+
+    utils.CBGenerateManager = Manager

@@ -91,7 +91,7 @@ class GenerationTesterMixin:
         for model, prompts, options in self._generators():
             first = model.generate(prompts, **options | {"max_new_tokens": 3}, return_dict_in_generate=True)
             rest = options | {"max_new_tokens": self.max_new_tokens - 3}
-            continued = model.generate(first.sequences, past_key_values=first.past_key_values, **rest)
+            continued = model.generate(first.sequences, cache=first.cache, **rest)
             torch.testing.assert_close(continued, model.generate(prompts, **options))
 
     def test_generate_dict_output(self):
@@ -101,7 +101,7 @@ class GenerationTesterMixin:
             self.assertEqual(len(output.logits), self.max_new_tokens)
             self.assertEqual(len(output.hidden_states), self.max_new_tokens)
             self.assertEqual(len(output.hidden_states[0]), model.config.num_hidden_layers + 1)
-            self.assertEqual(output.past_key_values.get_seq_length(), output.sequences.shape[1] - 1)
+            self.assertEqual(output.cache.get_seq_length(), output.sequences.shape[1] - 1)
 
     def test_generate_compiled_forward(self):
         for model, prompts, options in self._generators():
