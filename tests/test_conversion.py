@@ -339,22 +339,25 @@ def test_tirex_layers():
         torch.testing.assert_close(again[name], x, rtol=0, atol=1e-6 if "multihead_norm" in name else 0)
 
 
-def test_script(tmp_path, monkeypatch, capsys):
+def convert_command(*arguments: str) -> int:
+    """The exit status of `hf-xlstm convert`."""
+    with pytest.raises(SystemExit) as end:
+        run_verb("convert", arguments, "hf-xlstm convert")
+    return end.value.code or 0
+
+
+def test_script(tmp_path, capsys):
     write_package(tmp_path / "foreign", "mixed")
     for source, target, *options in (
         ("foreign", "native"),
         ("native", "back", "--to", "xlstm", "--slstm-backend", "cuda"),
     ):
-        arguments = ["convert_checkpoint.py", str(tmp_path / source), str(tmp_path / target), *options]
-        monkeypatch.setattr("sys.argv", arguments)
-        with pytest.raises(SystemExit) as end:
-            run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
-        assert not end.value.code
+        arguments = [str(tmp_path / source), str(tmp_path / target), *options]
+        assert convert_command(*arguments) == 0
         assert "equal to the source" in capsys.readouterr().out
     expected = as_cuda_backend(package_weights("mixed"), 4)
     assert_same_tensors(load_file(tmp_path / "back/model.safetensors"), expected)
-    with pytest.raises(SystemExit, match="2"):
-        run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
+    assert convert_command(*arguments) == 2
     assert capsys.readouterr().err.endswith("back exists.\n")
 
 
@@ -490,16 +493,14 @@ def pickled(x) -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
 )
-def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, monkeypatch, capsys):
+def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, capsys):
     source = write_package(tmp_path / "foreign", "mixed")
     if name.startswith("config"):
         (source / "config.yaml").unlink()
     else:
         (source / "model.safetensors").unlink()
     (source / name).write_bytes(contents)
-    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", str(source), str(tmp_path / "native")])
-    with pytest.raises(SystemExit, match="2"):
-        run_verb("convert", sys.argv[1:], "convert_checkpoint.py")
+    assert convert_command(str(source), str(tmp_path / "native")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(source / name) in line
     assert os.listdir(tmp_path) == ["foreign"]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,22 @@ import torch
 from common import MIXED, tiny_model
 from transformers import set_seed
 
+import hf_xlstm
+import hf_xlstm.conversion
+import hf_xlstm.state_store
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-RUN = ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sharing", "xlstm-7b", "ops")
+RUN = ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sharing", "serving", "xlstm-7b", "ops")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in RUN)]
-# not run: `serving` has a block for vLLM, which tests/vllm tries; the others have none
+# without such blocks, or with those of training, which test_train.py runs at small size
 READ = [
     "CONTRIBUTING.md",
     "RELEASE.md",
     "SECURITY.md",
     "benchmarks/README.md",
-    *(f"docs/{name}.md" for name in ("index", "api", "conformance", "kernels", "serving", "training")),
+    *(f"docs/{name}.md" for name in ("index", "api", "conformance", "kernels", "training")),
 ]
 TEXT = "My fellow Americans, tonight the state of our Union is strong. Mr. Speaker, Mr. Vice President, members:"
 
@@ -89,3 +93,18 @@ def test_links_and_blocks(page):
         assert (ROOT / page).parent.joinpath(target).exists(), target
     for path in re.findall(r"`((?:scripts|tests|benchmarks|docs)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_api_page_has_all_names():
+    """What mkdocstrings is asked for is there, and nothing public is left out."""
+    asked = re.findall(r"^::: hf_xlstm\.([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
+    assert set(hf_xlstm.__all__) <= set(asked)
+    for name in asked:
+        assert attrgetter(name)(hf_xlstm) is not None
+
+
+def test_every_page_is_in_the_site_and_in_a_test():
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f"- {page}\n" in site for page in pages)
+    assert {f"docs/{page}" for page in pages} - {"docs/claims/README.md"} <= {*PAGES, *READ}

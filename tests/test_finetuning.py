@@ -6,7 +6,6 @@ import pytest
 import torch
 from common import MIXED, relative_error, tiny_model, tokens
 from torch import nn
-from train import train_tokenizer
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -25,6 +24,7 @@ from hf_xlstm import (
     xLSTMForSequenceClassification,
     xLSTMForTokenClassification,
 )
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 peft = pytest.importorskip("peft", reason="adapters need peft")

@@ -1,6 +1,7 @@
 """What depends on how Transformers names and calls things: nothing meant for the model may disappear."""
 
 import copy
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from transformers import DynamicCache
 
 import hf_xlstm
 from hf_xlstm import (
+    conversion,
+    hub,
     xLSTMCache,
     xLSTMForQuestionAnswering,
     xLSTMForSequenceClassification,
@@ -382,3 +385,20 @@ def test_classifier_goes_by_the_mask(side):
     together = model(ids, attention_mask=mask).logits
     alone = torch.cat([model(row[keep.bool()][None]).logits for row, keep in zip(ids, mask)])
     assert relative_error(together, alone) < 1e-5
+
+
+def test_surface():
+    """What completion shows is what the package promises, and all of it is there."""
+    assert set(dir(hf_xlstm)) == {*hf_xlstm.__all__, "__version__"}
+    assert all(hasattr(hf_xlstm, name) for name in dir(hf_xlstm))
+    assert hf_xlstm.convert_checkpoint is conversion.convert_checkpoint
+    assert hf_xlstm.save_self_contained is hub.save_self_contained
+    assert not hasattr(hf_xlstm, "xLSTM")
+    assert {"mlstm", "mlstm_step", "slstm", "slstm_step"} < set(hf_xlstm.ops.__all__)
+
+
+def test_rare_imports_wait():
+    code = "import sys, hf_xlstm; print([name for name in ('conversion', 'hub', 'env', 'commands', 'vllm') "
+    code += "if f'hf_xlstm.{name}' in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown == "[]\n"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from common import MIXED, relative_error, tiny_model, tokens
-from train import train_tokenizer
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 mixed = {"layer_types": MIXED, "slstm_conv_kernel_size": 4}

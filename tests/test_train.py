@@ -467,6 +467,24 @@ def test_goes_on_with_a_model(data, script, tmp_path, monkeypatch):
     assert second["heldout_curve"][0][1] == pytest.approx(first["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ""),
+        ({"bits_per_byte": 2.6}, "warning: 2.60 bits per byte, worse than lzma (2.50): train for longer"),
+        ({"steps": 4}, "warning: 2.20 bits per byte: 4 steps in 180 s are few: the machine is busy"),
+        ({"steps": 4, "bits_per_byte": 3.0}, "worse than lzma (2.50): 4 steps in 180 s are few"),
+        ({"steps": 4, "arguments": {"minutes": None}}, ""),
+    ],
+    ids=["well", "worse", "few steps", "both", "steps as told"],
+)
+def test_a_disappointing_result_is_explained(fields, expected, capsys):
+    metrics = {"bits_per_byte": 2.2, "steps": 700, "training_seconds": 180.0, "yardsticks": {"lzma": 2.5}}
+    train.warn(metrics | {"arguments": {"minutes": 3.0}} | fields)
+    warning = capsys.readouterr().err
+    assert expected in warning and bool(expected) == bool(warning)
+
+
 # ---- docs/training.md
 
 

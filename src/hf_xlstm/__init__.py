@@ -1,6 +1,9 @@
 """xLSTM for Hugging Face Transformers. Importing this package puts its classes in place of Transformers' own xLSTM,
 for the Auto classes and under their names in `transformers`."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import transformers
 from transformers import (
     AutoConfig,
@@ -11,6 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import ops
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
 from .modeling_xlstm import (
@@ -25,10 +29,18 @@ from .modeling_xlstm import (
 from .optim import weight_decay_groups
 
 
+if TYPE_CHECKING:
+    from .conversion import convert_checkpoint
+    from .hub import save_self_contained
+
+
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LORA_TARGET_MODULES",
+    "convert_checkpoint",
+    "ops",
+    "save_self_contained",
     "weight_decay_groups",
     "xLSTMCache",
     "xLSTMConfig",
@@ -58,3 +70,16 @@ for _class in (
     xLSTMPreTrainedModel,
 ):
     setattr(transformers, _class.__name__, _class)  # TRL and `transformers serve` look there
+
+# imported at their first use
+_LAZY = {"convert_checkpoint": ".conversion", "save_self_contained": ".hub"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
