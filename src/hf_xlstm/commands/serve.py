@@ -19,14 +19,18 @@ def run(args: argparse.Namespace) -> None:
     if key is None and args.host not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: anybody who reaches {args.host} can use the model: give an API key", file=sys.stderr)
 
+    import transformers
     import typer
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    import hf_xlstm  # noqa: F401  the server finds the model's class by its name in Transformers
+    import hf_xlstm
 
     from .helpers.serving import batch, protect
 
+    # The server looks for the model's class by its name in Transformers. Importing hf_xlstm sets it there, but on a
+    # module that is replaced by another one meanwhile.
+    transformers.xLSTMForCausalLM = hf_xlstm.xLSTMForCausalLM
     if "--continuous-batching" in args.others:
         try:
             batch(args.states, args.state_bytes)
