@@ -1,9 +1,9 @@
 """The check that `backend="auto"` makes of the Triton kernels before it takes them: are they right on this GPU?
 
 The first use of an op, in a dtype and with heads of some size, runs small inputs through the kernels (training, a
-prompt that continues a state, a short one; or steps) and through the torch path in float64. That takes well under a
+prompt that continues a state, a short one; and steps) and through the torch path in float64. That takes well under a
 second, and the compilation of kernels of which most are needed anyway. The verdict is remembered in the process and
-on disk: for this GPU, driver, torch, Triton and source of the kernels.
+on disk: for this GPU, driver, torch, Triton and source of the kernels. Masks and packed sequences are not checked.
 
 Nothing can be run while a graph is traced or captured, inside `torch.func` transforms and under dispatch modes. There
 a remembered verdict holds, and where there is none the kernels are trusted: they pass their tests, and the slow path
@@ -72,13 +72,20 @@ def fault(op: str, *inputs: torch.Tensor) -> str | None:
     if question not in _faults:
         if not _can_run(x):
             return _remembered(op, x.dtype, x.device, *head_dims) or None
-        try:
-            verdict = _load(question) or ask(question)
-            _faults[question] = verdict["fault"]
-        except Exception as error:
-            warnings.warn(f"{question} was not checked: {type(error).__name__}: {error}", stacklevel=6)
-            _faults[question] = None
+        for asked in _together(question):
+            try:
+                verdict = _load(asked) or ask(asked)
+                _faults[asked] = verdict["fault"]
+            except Exception as error:
+                warnings.warn(f"{asked} was not checked: {type(error).__name__}: {error}", stacklevel=6)
+                _faults[asked] = None
     return _faults[question] and _explanation(question, _faults[question])
+
+
+def _together(question: Question) -> list[Question]:
+    """A sequence has its cell's step checked, too: what decodes after it may be a graph, in which nothing can be."""
+    step = [] if question.op.endswith("_step") else [question._replace(op=f"{question.op}_step")]
+    return [question, *(asked for asked in step if asked not in _faults)]
 
 
 def ask(question: Question) -> Verdict:
