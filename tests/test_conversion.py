@@ -491,7 +491,7 @@ def pickled(x) -> bytes:
         ("config.json", b'{"model_type": "xlstm", "_xlstm_config": {}}'),
         ("model.safetensors", b""),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
 )
 def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, capsys):
     source = write_package(tmp_path / "foreign", "mixed")

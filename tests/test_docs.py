@@ -72,6 +72,16 @@ def test_blocks_run(page, quickstart):
     torch.set_grad_enabled(True)
 
 
+@pytest.mark.slow
+def test_serving_without_vllm(quickstart):
+    """The blocks of its section; those before it need vLLM."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    namespace = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page[page.index("## Without vLLM") :], re.M | re.S):
+        exec(compile(code, "docs/serving.md", "exec"), namespace)
+    assert len(namespace["outputs"]) == 2 and not any(x.error for x in namespace["outputs"].values())
+
+
 @pytest.mark.parametrize("page", [*PAGES, *READ])
 def test_links_and_blocks(page):
     """Blocks are valid Python; links within the repository point to something."""

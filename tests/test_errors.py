@@ -266,7 +266,8 @@ def test_two_names_for_one_cache(model):
 
 
 def test_foreign_cache(model):
-    with pytest.raises(ValueError, match="`cache` must be an xLSTMCache, got DynamicCache"):
+    message = r"`cache` must be a hf_xlstm\.cache\.xLSTMCache, got a transformers\.cache_utils\.DynamicCache"
+    with pytest.raises(ValueError, match=message):
         model(tokens(2, 3), cache=DynamicCache())
 
 

@@ -131,13 +131,15 @@ def test_room_is_looked_at_before(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_two_writers_of_one_target_do_not_meet(tmp_path):
+@pytest.mark.parametrize("writing", [appearing, replacing])
+def test_two_writers_of_one_target_do_not_meet(tmp_path, writing):
+    """The one that comes second is refused, and the first is whole."""
     target = tmp_path / "model"
-    with pytest.raises(FileExistsError, match="another process has written it meanwhile"), appearing(target) as first:
-        write(first, OLD)
-        with appearing(target) as second:
-            assert first != second and first.exists()  # what is being written is no leftover
-            write(second, NEW)
+    with writing(target) as first:
+        write(first, NEW)
+        with pytest.raises(FileExistsError, match="being written by another process"), writing(target):
+            pytest.fail("the first is not finished")
+        assert first.exists()  # what is being written is no leftover
     assert read(target) == NEW and os.listdir(tmp_path) == ["model"]
     with pytest.raises(FileExistsError, match=r"model exists\."), appearing(target):
         pytest.fail("it exists")

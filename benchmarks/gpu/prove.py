@@ -123,6 +123,8 @@ class Worker:
             "TRITON_INTERPRET": "1" if args.dry_run else "0",
             "HF_HUB_OFFLINE": "1",
         }
+        if not args.dry_run:  # whatever the check of backend="auto" says, which would compile kernels of its own
+            environment["HF_XLSTM_BACKEND"] = "triton"
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(args.out), *flags]
         with (args.out / "worker.log").open("a") as log:
             self.process = subprocess.Popen(

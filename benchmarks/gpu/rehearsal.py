@@ -17,16 +17,18 @@ import triton
 from triton.runtime.interpreter import GridExecutor
 
 from benchmarks.gpu import generation, harness, ops, smoke, training
+from hf_xlstm.cells import selfcheck
 
 
 FAULTS = ("fail", "hang", "wrong", "crash")
-MODEL = {"vocab_size": 32, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 1}
+MODEL = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 1}
 SIZES = {
+    selfcheck: {"TOKENS": 20, "SHORT": 2, "SLSTM_TOKENS": 2},
     smoke: {"MLSTM_SHAPES": [(1, 20, 1, 16, 32)], "SLSTM_SHAPES": [(1, 3, 1, 16)], "MODEL": MODEL, "LENGTH": 6},
     ops: {
         "TOKENS": 18,
         "LENGTHS": [18],
-        "SHORT_LENGTHS": [9],
+        "SHORT_LENGTHS": [16],
         "SHAPES": [(1, 16, 16)],
         "STEP_BATCHES": [1],
         "L2_BYTES": 1e3,
@@ -36,7 +38,13 @@ SIZES = {
         "SLSTM_STEP_SHAPES": [(1, 16)],
         "SLSTM_LAYERS": 1,
     },
-    generation: {"SIZE": MODEL, "PROMPTS": [5], "DECODE": [(1, 4), (2, 4)], "NEW_TOKENS": 2, "CHECKED": (8, 2)},
+    generation: {
+        "SIZE": MODEL | {"hidden_size": 128},
+        "PROMPTS": [5],
+        "DECODE": [(1, 4), (2, 4)],
+        "NEW_TOKENS": 2,
+        "CHECKED": (8, 2),
+    },
     training: {"VOCAB": 32, "TOKENS": 64, "LENGTHS": [64], "SIZES": {"tiny": (64, 2, 1)}, "CHECKED": (32, 6)},
 }
 

@@ -1,5 +1,5 @@
-"""Whether anything is wrong, in under a minute: every op at small shapes against float64, then a small model of both
-cells against itself and against the torch backend."""
+"""Whether anything is wrong, in under a minute: every op at small shapes against float64, the check of
+backend="auto", then a small model of both cells against itself and against the torch backend."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from benchmarks.gpu.harness import Job, Jobs
 from benchmarks.peers import HF_XLSTM
 from benchmarks.provenance import relative_error
 from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm.cells import selfcheck
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
@@ -158,6 +159,14 @@ def check(op: Callable, test: Callable, make: Callable, shape: tuple[int, ...], 
     return test(op, *make(shape, DTYPES[dtype]), BOUNDS[dtype])
 
 
+def passes_selfcheck(op: str, head_dims: tuple[int, ...]) -> dict:
+    """What a program with backend="auto" checks at the first use of an op. Nothing is remembered of it."""
+    question = selfcheck.Question(op, torch.bfloat16, head_dims, torch.device(harness.DEVICE))
+    if fault := selfcheck.check(question):
+        raise ValueError(f"not taken by backend='auto': {fault}")
+    return {}
+
+
 def jobs() -> Jobs:
     cells = [
         ("mlstm", mlstm_inputs, MLSTM_SHAPES, {forward: mlstm, backward: mlstm, step: mlstm_step}),
@@ -169,6 +178,9 @@ def jobs() -> Jobs:
                 for shape in shapes:
                     name = {"op": cell, "pass": test.__name__, "dtype": dtype, "shape": "x".join(map(str, shape))}
                     yield Job(name, functools.partial(check, op, test, make, shape, dtype))
+    for cell, _, shapes, _ in cells:
+        for op in (cell, f"{cell}_step"):
+            yield Job({"op": op, "test": "selfcheck"}, functools.partial(passes_selfcheck, op, shapes[0][3:]))
     needs = ("smoke/*/float32/*",)
     for test in (generate_as_stepwise, padded_as_alone, packed_as_separate, training_step_as_torch):
         yield Job({"op": "model", "test": test.__name__.replace("_", " ")}, test, needs)

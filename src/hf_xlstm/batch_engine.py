@@ -41,6 +41,14 @@ PREFILL_TOKENS = 512  # read in one pass of the engine, padding included: what a
 MAX_ROWS = 64
 
 
+class Output(GenerationOutput):
+    """What is told of a request: Transformers' class."""
+
+    def is_finished(self) -> bool:
+        """Whether it has ended, by failure too: before 5.17 that would not count, and be waited for forever."""
+        return self.status >= RequestStatus.FINISHED
+
+
 @dataclass(eq=False)
 class Request:
     """One text to continue.
@@ -118,8 +126,8 @@ class Request:
         self.status, self.error, self.ended = status, error, time.perf_counter()
         self.cache = self.logits = None
 
-    def output(self) -> GenerationOutput:
-        return GenerationOutput(
+    def output(self) -> Output:
+        return Output(
             request_id=self.id,
             prompt_ids=self.prompt,
             generated_tokens=self.new[:],
@@ -520,4 +528,4 @@ def counted_versions(model) -> tuple[int, ...]:
     return tuple(x for p in model.parameters() for x in (p.data_ptr(), 0 if p.is_inference() else p._version))
 
 
-__all__ = ["BatchEngine", "Request", "prepare"]
+__all__ = ["BatchEngine", "Output", "Request", "prepare"]

@@ -24,9 +24,9 @@ from .state_store import token_list
 try:
     from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+    from transformers.generation.continuous_batching.requests import RequestStatus
 
-    from .batch_engine import BatchEngine, Request, prepare
+    from .batch_engine import BatchEngine, Output, Request, prepare
 except ImportError as error:
     raise ImportError(
         f"This version of Transformers has no continuous batching that hf_xlstm knows ({error}). `generate` works."
@@ -79,7 +79,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         self._new: queue.Queue[Request] = queue.Queue(options.max_queue_size)
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._number, self._expected, self._ids = 0, {}, set()  # of requests that have not ended
-        self._outputs: deque[GenerationOutput] = deque()
+        self._outputs: deque[Output] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed = threading.Condition()  # guards all of these and what follows
         self._ending: str | None = None  # "flush" or "now"
@@ -227,7 +227,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             copies = 0 if config is None else (config.num_return_sequences or 1) - 1
             for name in (request_id, *(f"{request_id}__child#{index}" for index in range(copies))):
                 text = f"{type(error).__name__}: {error}"
-                self._deliver(GenerationOutput(name, prompt, error=text, status=RequestStatus.FAILED))
+                self._deliver(Output(name, prompt, error=text, status=RequestStatus.FAILED))
             return request_id
         try:
             self._new.put(request, timeout=10)
@@ -265,7 +265,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
 
     # ---- outputs
 
-    def _deliver(self, output: GenerationOutput) -> None:
+    def _deliver(self, output: Output) -> None:
         with self._changed:
             if output.is_finished():
                 self._ids.discard(output.request_id)
@@ -282,7 +282,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         except RuntimeError:  # the loop, and with it whoever waited, has ended
             self.cancel_request(output.request_id)
 
-    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
+    def register_result_handler(self, request_id: str, callback: Callable[[Output], None]) -> None:
         """Has `callback` called in the running event loop with each output of a request, also those that came before,
         until its last.
 
@@ -300,11 +300,11 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         for output in early:
             self._deliver(output)
 
-    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Output | None:
         """The next output, of that request if one is given. None after `timeout` seconds, or if nothing is there and
         the manager is not running."""
 
-        def find() -> GenerationOutput | None:
+        def find() -> Output | None:
             for output in self._outputs:
                 if request_id is None or output.request_id == request_id:
                     return output
@@ -317,7 +317,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
                 self._outputs.remove(output)
             return output
 
-    def __iter__(self) -> Iterator[GenerationOutput]:
+    def __iter__(self) -> Iterator[Output]:
         """The outputs as they come, until the manager ends."""
         while True:
             output = self.get_result(timeout=0.1)
@@ -326,7 +326,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             elif not self.is_running():
                 return
 
-    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+    def request_id_iter(self, request_id: str) -> Iterator[Output]:
         """The outputs of one request, to the last."""
         while True:
             output = self.get_result(request_id, timeout=0.1)

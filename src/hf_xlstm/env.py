@@ -1,6 +1,7 @@
 """`python -m hf_xlstm.env`: versions, devices, and which implementation of the cells would run, and why.
 
-`--check` runs tiny models for a few seconds and tells whether generation is right with the versions at hand.
+`--check` runs tiny models for a few seconds and tells whether generation is right with the versions at hand. On a GPU
+it also checks the Triton kernels, again if that was done before; the first time they compile for a minute or two.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from hf_xlstm_cli import run_verb
 
 from . import __version__
 from .cache import xLSTMCache
+from .cells import dispatch, selfcheck
 from .cells.environment import VARIABLES
 from .configuration_xlstm import xLSTMConfig
 from .modeling_xlstm import xLSTMForCausalLM
@@ -31,6 +33,8 @@ STACKS = {
     "sLSTM and mLSTM": {"layer_types": ["slstm", "mlstm"], "slstm_conv_kernel_size": 4},
     "paper": {"layer_types": ["mlstm", "slstm"], "block_family": "paper", "gate_soft_cap": None},
 }
+# kernels that `--check` checks, beside those that have been checked because a program took them
+KERNELS = {"mlstm": (64, 64), "mlstm_step": (64, 64), "slstm": (64,), "slstm_step": (64,)}
 
 
 def report() -> str:
@@ -53,11 +57,22 @@ def report() -> str:
             x = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device=device)
             backend, reason = backend_and_reason(op, "auto", x, x)
             lines.append(f"{op} on {device}: {backend} ({reason})")
+        for question, verdict in selfcheck.verdicts(torch.device(device)).items() if has_kernels(device) else ():
+            lines.append(f"{question}: checked on {verdict['date']}, {verdict['fault'] or 'right'}")
     return "\n".join(lines)
 
 
 def devices() -> list[str]:
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def has_kernels(device: str) -> bool:
+    """Whether the Triton kernels support a device. `report` says why they do not."""
+    x = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device=device)
+    try:
+        return x.device.type == dispatch.GPU and backend_and_reason("mlstm", "triton", x, x)[0] == "triton"
+    except RuntimeError:
+        return False
 
 
 def check() -> list[tuple[str, bool, str]]:
@@ -70,6 +85,21 @@ def check() -> list[tuple[str, bool, str]]:
                 checks.append((f"{name}, {stack}, {device}", *_outcome(lambda: holds(model))))  # noqa: B023
         for name, error in OP_CHECKS.items():
             checks.append((f"{name}, {device}", *_outcome(lambda: error(device))))  # noqa: B023
+        if has_kernels(device):
+            checks += check_kernels(torch.device(device))
+    return checks
+
+
+def check_kernels(device: torch.device) -> list[tuple[str, bool, str]]:
+    """The Triton kernels beside the torch path, whatever was found before."""
+    asked = [selfcheck.Question(op, torch.bfloat16, head_dims, device) for op, head_dims in KERNELS.items()]
+    checks = []
+    for question in dict.fromkeys([*selfcheck.verdicts(device), *asked]):
+        try:
+            fault = selfcheck.ask(question)["fault"]
+        except Exception as error:
+            fault = f"not checked, {type(error).__name__}: {error}"
+        checks.append((f"kernels of {question}", fault is None, fault or "as on the torch path"))
     return checks
 
 

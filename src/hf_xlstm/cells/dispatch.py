@@ -14,6 +14,8 @@ from .slstm.eager import slstm_step_torch, slstm_torch
 from .slstm.reference import slstm_recurrent, slstm_step_reference
 
 
+GPU = "cuda"  # the type of devices on which "auto" takes the Triton kernels; ROCm calls its devices so, too
+
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("mlstm", "reference"): mlstm_recurrent,
     ("mlstm", "torch"): mlstm_chunkwise,
@@ -24,6 +26,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("slstm_step", "reference"): slstm_step_reference,
     ("slstm_step", "torch"): slstm_step_torch,
 }
+
+_warned: set[str] = set()
 
 
 @functools.cache
@@ -53,9 +57,17 @@ def _triton_unsupported(*inputs: torch.Tensor) -> str | None:
     return unsupported_reason(inputs[0], *(x.shape[-1] for x in inputs))
 
 
+def _found_wrong(op: str, *inputs: torch.Tensor) -> str | None:
+    """Asked where there are kernels, so never in the copy of this package beside a checkpoint."""
+    from .selfcheck import fault
+
+    return fault(op, *inputs)
+
+
 def backend_and_reason(op: str, backend: str, *inputs: torch.Tensor) -> tuple[str, str]:
-    """The implementation of `op` that runs, and why: "triton" for CUDA tensors it supports, else "torch", with a
-    warning. `inputs` are tensors whose last dimensions are head dims: q and v, or the gates of the sLSTM.
+    """The implementation of `op` that runs, and why: "triton" for CUDA tensors it supports, on a GPU where it passes
+    the check of selfcheck.py; else "torch", with a warning. `inputs` are tensors whose last dimensions are head dims:
+    q and v, or the gates of the sLSTM.
 
     `HF_XLSTM_BACKEND` overrides "auto". Raises ValueError for an unknown backend and RuntimeError for one that cannot
     do what it is asked to.
@@ -69,13 +81,16 @@ def backend_and_reason(op: str, backend: str, *inputs: torch.Tensor) -> tuple[st
     if backend in ("torch", "reference"):
         return backend, asked
     device = inputs[0].device.type
-    if backend == "auto" and device != "cuda":
+    if backend == "auto" and device != GPU:
         return "torch", f"the fastest on {device}"
     reason = _triton_unsupported(*inputs)
-    if reason is None:
-        return "triton", "the fastest on cuda"
     if backend == "triton":
-        raise RuntimeError(f"The triton backend cannot run {op}: {reason}.")
+        if reason is not None:
+            raise RuntimeError(f"The triton backend cannot run {op}: {reason}.")
+        return backend, asked
+    reason = reason or _found_wrong(op, *inputs)
+    if reason is None:
+        return "triton", f"the fastest on {device}"
     _warn_once(f"{op} runs on the torch backend: {reason}.")
     return "torch", reason
 
@@ -85,6 +100,8 @@ def implementation(op: str, backend: str, *inputs: torch.Tensor) -> Callable:
     return _IMPLEMENTATIONS[op, backend_and_reason(op, backend, *inputs)[0]]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # warns while a graph is traced, and stays out of it
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=5)

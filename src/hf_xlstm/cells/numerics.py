@@ -55,6 +55,19 @@ def first_derivatives_only(op: str, backend: str) -> NoReturn:
     )
 
 
+def no_transforms(op: str, backend: str, *tensors: torch.Tensor | None) -> None:
+    """Raises NotImplementedError inside the transforms of `torch.func`, of which forward mode would be wrong in
+    silence, and where one of the tensors is a batched gradient."""
+    if torch.compiler.is_compiling():
+        return
+    batched = any(x is not None and is_legacy_batched(x) for x in tensors)
+    if batched or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"`{op}` cannot run under the transforms of torch.func, nor with batched gradients, on the {backend} "
+            "backend. backend='torch' and backend='reference' can."
+        )
+
+
 def stored(new_state: tuple[torch.Tensor, ...], state: tuple[torch.Tensor, ...], inplace: bool):
     """The new state of a cell, with `inplace` in the tensors of the old one."""
     if not inplace:

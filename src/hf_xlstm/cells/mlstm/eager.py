@@ -8,8 +8,8 @@ states at the boundaries of chunks obey the same formula one level up: chunk j c
 with the log weight r_j + g_{j+1} + ... + g_t, where g is a chunk's summed log f and r the stabilizer of its own
 contribution. So all states come from one small matrix product, and no loop runs over chunks or tokens.
 
-Every sum of log f over an interval is formed as such, never as a difference of two longer sums: that keeps the digits
-that matter, and an exactly closed forget gate (log f = -inf) is a reset, not a NaN.
+Sums of log f and of input gates are kept in two parts, of which one is a whole number: next to a gate of 1e5, float32
+could not tell tokens apart that compete. An exactly closed forget gate (log f = -inf) is a reset, not a NaN.
 
 Products run in the input dtype, except the scores q k^T: they also make up the normalizer, where they cancel. Gates,
 states, sums and denominators are float32, or float64 for float64 input.
@@ -38,6 +38,8 @@ from .reference import MLSTMState, stabilizer
 DEFAULT_CHUNK_SIZE = 64
 # Longer sequences run piece by piece.
 MAX_CHUNKS = 256
+# A forget gate of log f < RESET closes for good, as -inf does.
+RESET = -(2.0**32)
 # q, k, v, log f and igate of a step that leaves the state as it is.
 NO_STEP = (0.0, 0.0, 0.0, 0.0, -torch.inf)
 
@@ -58,6 +60,45 @@ class ChunkOrder(NamedTuple):
         return cls(place[:1], place[1:], place[-1:])
 
 
+class LogWeights(NamedTuple):
+    """Logarithms of the weights that elements j have in the places t >= j of a sequence, relative to its start:
+
+        log w_jt + log f_1 + ... + log f_j = b_t + u_j,    b_t = log f_1 + ... + log f_t,    u_j = i_j - b_j
+
+    Both are far larger than what is left of them, so each is kept in two parts, float64 where there are few of them.
+    """
+
+    u: torch.Tensor  # (..., L_j, L_t) u_j rounded, -inf where j comes later or has been forgotten
+    u_rest: torch.Tensor  # (..., L_j) what the rounding has left
+    b_whole: torch.Tensor  # (..., L) b_t as the sum of whole numbers, which is exact,
+    b_rest: torch.Tensor  # (..., L) and of what they leave
+    kept: torch.Tensor  # (..., L) whether nothing was forgotten for good up to t
+
+    @classmethod
+    def of(cls, log_f: torch.Tensor, igate: torch.Tensor, dtype: torch.dtype) -> "LogWeights":
+        """log_f, igate (..., L); u is rounded to `dtype`."""
+        length = log_f.shape[-1]
+        reset = log_f < RESET
+        log_f, igate = log_f.double().masked_fill(reset, 0.0), igate.double()
+        whole, i_whole = log_f.round(), igate.round()
+        b_whole, b_rest, reset_count = whole.cumsum(-1), (log_f - whole).cumsum(-1), reset.cumsum(-1)
+        u_whole = i_whole - b_whole
+        u_rest = (igate - i_whole).nan_to_num(0.0, 0.0, 0.0) - b_rest  # -inf - -inf is no rest
+        u = (u_whole + u_rest).to(dtype)
+        u_rest = ((u_whole - u).nan_to_num(0.0, 0.0, 0.0) + u_rest).to(dtype)
+        earlier = torch.ones(length, length, dtype=torch.bool, device=log_f.device).triu_()
+        visible = (reset_count[..., None] == reset_count[..., None, :]).logical_and_(earlier)
+        return cls(torch.where(visible, u[..., None], -torch.inf), u_rest, b_whole, b_rest, reset_count == 0)
+
+    def to(self, peak: torch.Tensor) -> torch.Tensor:
+        """The weights relative to the stabilizers b_t + peak_t. Overwrites u."""
+        return self.u.sub_(peak[..., None, :]).add_(self.u_rest[..., None]).exp_()
+
+    def stabilizer(self, peak: torch.Tensor) -> torch.Tensor:
+        """b_t + peak_t in float64."""
+        return (self.b_whole + peak) + self.b_rest
+
+
 class Weights(NamedTuple):
     """All weights of the chunkwise form, which the gates alone decide, and the stabilizers they are relative to."""
 
@@ -65,52 +106,50 @@ class Weights(NamedTuple):
     from_state: torch.Tensor  # (B, H, N, L) of the state before the chunk for the output of token t
     into_state: torch.Tensor  # (B, H, N, L) of token j in what its chunk contributes to the state
     between: torch.Tensor  # (B, H, E_j, E_t) of contribution j in the state after place t
+    peak: torch.Tensor  # (B, H, N, L) m without the chunk's log f so far
     m: torch.Tensor  # (B, H, N, L) stabilizer of each output
     m_state: torch.Tensor  # (B, H, E) stabilizer of the state after each place
 
     @classmethod
-    def of(cls, log_f, igate, m0, order: ChunkOrder, m: torch.Tensor | None = None) -> "Weights":
-        """log_f, igate (B, H, N, L), m0 (B, H, S). The backward pass gives the m it remembers."""
-        log_in_chunk = _interval_weights(log_f, igate)
-        log_max = _finite(log_in_chunk.amax(-2))
-        # the last column leads to the state after the chunk
-        into_state = torch.exp(log_in_chunk[..., -1] - log_max[..., -1:])
-        log_decay = log_f.cumsum(-1)  # from the chunk's start
+    def of(cls, log_f, igate, m0, order: ChunkOrder, peak: torch.Tensor | None = None) -> "Weights":
+        """log_f, igate (B, H, N, L), m0 (B, H, S). The backward pass gives the peak it remembers."""
+        dtype = m0.dtype
+        inside = LogWeights.of(log_f, igate, dtype)
+        inside_peak = _finite(inside.u.amax(-2))
+        last = inside_peak[..., -1:]  # the last column leads to the state after the chunk
+        into_state = torch.exp(inside.u[..., -1] - last + inside.u_rest)
 
         places = order.initial.shape[0] + order.chunk.shape[0]
-        g = log_f.new_full((*m0.shape[:2], places), -torch.inf)  # an initial state starts afresh
-        g = g.index_copy(-1, order.chunk, log_decay[..., -1])
-        r = torch.zeros_like(g).index_copy(-1, order.initial, m0)
-        r = r.index_copy(-1, order.chunk, log_max[..., -1])
-        log_between = _interval_weights(g, r)
-        m_state = _finite(log_between.amax(-2))
-        between = torch.exp(log_between - m_state[..., None, :])
+        decay = (inside.b_whole + inside.b_rest).masked_fill(~inside.kept, -torch.inf)[..., -1]
+        g = decay.new_full((*m0.shape[:2], places), -torch.inf)  # an initial state starts afresh
+        g = g.index_copy(-1, order.chunk, decay)
+        r = torch.zeros_like(g).index_copy(-1, order.initial, m0.double())
+        r = r.index_copy(-1, order.chunk, inside.stabilizer(inside_peak)[..., -1])
+        across = LogWeights.of(g, r, g.dtype)
+        across_peak = across.u.amax(-2)
+        exact = across.stabilizer(across_peak)
+        m_state = _finite(exact.to(dtype))
+        between = (across.to(across_peak) * torch.exp(exact - m_state)[..., None, :]).to(dtype)
 
-        log_from_state = log_decay + m_state.index_select(-1, order.chunk - 1)[..., None]
-        if m is None:
-            m = torch.maximum(log_from_state, log_max)
-        in_chunk = log_in_chunk.sub_(m[..., None, :]).exp_()
-        return cls(in_chunk, torch.exp(log_from_state - m), into_state, between, m, m_state)
+        m_before = m_state.index_select(-1, order.chunk - 1)[..., None].masked_fill(~inside.kept, -torch.inf)
+        if peak is None:
+            peak = torch.maximum(m_before, inside_peak)
+        from_state, m = torch.exp(m_before - peak), inside.stabilizer(peak).to(dtype)
+        return cls(inside.to(peak), from_state, into_state, between, peak, m, m_state)
 
     def crossing(self, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The weights `between` of some places in the states after others, (B, H, sources, targets)."""
         return self.between.index_select(-2, sources).index_select(-1, targets)
 
 
-def _interval_weights(log_f: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
-    """(..., L), (..., L) to (..., L, L): entry (j, t) is igate_j + log_f_{j+1} + ... + log_f_t; -inf for j > t."""
-    length = log_f.shape[-1]
-    terms = log_f[..., None, :].expand(*log_f.shape, length).triu(1)
-    if torch.compiler.is_compiling():  # what runs an exported graph may know no view of a diagonal
-        terms = torch.where(torch.eye(length, dtype=torch.bool, device=log_f.device), igate[..., None], terms)
-    else:
-        terms.diagonal(dim1=-2, dim2=-1).copy_(igate)
-    below = torch.ones(length, length, dtype=torch.bool, device=log_f.device).tril_(-1)
-    return terms.cumsum(-1).masked_fill_(below, -torch.inf)
-
-
 def _finite(m: torch.Tensor) -> torch.Tensor:
     return m.clamp_min(torch.finfo(m.dtype).min / 4)
+
+
+def _denominator(s: torch.Tensor, m: torch.Tensor, eps: float) -> torch.Tensor:
+    """What h is divided by. Where it underflows it is infinite, and h and its gradients are 0."""
+    denominator = torch.maximum(s.abs(), torch.exp(-m)).add_(eps)
+    return denominator.masked_fill_(denominator < torch.finfo(s.dtype).tiny, torch.inf)
 
 
 def _to_chunks(x: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -148,11 +187,11 @@ class _Chunks(NamedTuple):
     n_before: torch.Tensor  # (B, H, N, K)
 
     @classmethod
-    def of(cls, q, k, v, log_f, igate, c0, n0, m0, order, scale: float, chunk_size: int, m=None) -> "_Chunks":
+    def of(cls, q, k, v, log_f, igate, c0, n0, m0, order, scale: float, chunk_size: int, peak=None) -> "_Chunks":
         dtype, gates = q.dtype, gate_dtype(q.dtype)
         q, k, v, log_f, igate = (_to_chunks(x, chunk_size) for x in (q, k, v, log_f, igate))
         q, k, v = torch.mul(q.to(gates), scale).contiguous(), k.to(gates).contiguous(), v.contiguous()
-        weights = Weights.of(log_f, igate, m0, order, m)
+        weights = Weights.of(log_f, igate, m0, order, peak)
         k_into = k * weights.into_state[..., None]
         c_chunk, n_chunk = _bmm(k_into.mT, v, dtype), k_into.sum(-2)
         before = _scan_states(weights, order, order.chunk - 1, c_chunk, n_chunk, c0, n0)
@@ -223,34 +262,34 @@ def _join_legacy_rows(apply: Callable, tensors: Sequence, *options):
 
 
 class _Chunkwise(torch.autograd.Function):
-    """The chunkwise form for T = N L, and the stabilizers it used.
+    """The chunkwise form for T = N L.
 
     Shapes: q, k (B, T, H, K), v (B, T, H, V), log_f, igate (B, T, H), c0 (B, H, S, K, V), n0 (B, H, S, K),
     m0 (B, H, S), with S = 1 unpacked, B = 1 packed. Returns h (B, T, H, V), the final c, n, m, and for the backward
-    pass the normalizer s and the stabilizer m of each output, (B, H, N, L)."""
+    pass the normalizer s of each output and the peak of its weights, (B, H, N, L)."""
 
     @staticmethod
     def forward(q, k, v, log_f, igate, c0, n0, m0, order, scale, eps, chunk_size):
         with without_autocast(q.device):
             x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size)
-            in_chunk, from_state, m = x.weights.in_chunk, x.weights.from_state, x.weights.m
+            in_chunk, from_state = x.weights.in_chunk, x.weights.from_state
             scores = (x.k @ x.q.mT).mul_(in_chunk)  # [L_j, L_t]
             s = scores.sum(-2).add_(from_state * (x.q @ x.n_before[..., None]).squeeze(-1))
             # divided before the products, which then need no second pass
-            denominator = torch.maximum(s.abs(), torch.exp(-m)).add_(eps)
+            denominator = _denominator(s, x.weights.m, eps)
             scores.div_(denominator[..., None, :])
             q_state = x.q * (from_state / denominator)[..., None]
             h = _bmm_add(scores.mT, x.v, q_state, x.c_before, q.dtype).view_as(x.v)
             c, n = _scan_states(x.weights, order, order.final, x.c_chunk, x.n_chunk, c0, n0)
             m_final = x.weights.m_state.index_select(-1, order.final)
-        return _from_chunks(h, v.dtype), c, n, m_final, s, m
+        return _from_chunks(h, v.dtype), c, n, m_final, s, x.weights.peak
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.order, ctx.scale, ctx.eps, ctx.chunk_size = inputs
-        h, _, _, m_final, s, m = output
-        ctx.save_for_backward(*tensors, h, s, m)
-        ctx.mark_non_differentiable(m_final, s, m)
+        h, _, _, m_final, s, peak = output
+        ctx.save_for_backward(*tensors, h, s, peak)
+        ctx.mark_non_differentiable(m_final, s, peak)
 
     @staticmethod
     def backward(ctx, dh, dc_final, dn_final, *_):
@@ -280,19 +319,18 @@ class _ChunkwiseGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, m, order, scale, eps, chunk_size):
+    def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, peak, order, scale, eps, chunk_size):
         with without_autocast(q.device):
-            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size, m)
+            x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size, peak)
             bmm = lambda a, b: _bmm(a, b, q.dtype)  # noqa: E731
             in_chunk, from_state, into_state = (
                 x.weights.in_chunk,
                 x.weights.from_state[..., None],
                 x.weights.into_state[..., None],
             )
-            floor = torch.exp(-m)
             h, g = (_to_chunks(y, chunk_size).to(s.dtype) for y in (h, dh))
-            g = g / torch.maximum(s.abs(), floor).add_(eps)[..., None]
-            ds = torch.where(s.abs() > floor, -s.sign() * (h * g).sum(-1), 0)
+            g = g / _denominator(s, x.weights.m, eps)[..., None]
+            ds = torch.where(s.abs() > torch.exp(-x.weights.m), -s.sign() * (h * g).sum(-1), 0)
 
             # inside chunks; gate gradients are row and column sums of the gradient by the log weights. The diagonal,
             # where no forget gate lies between, would cancel in their difference and bury the rest: it is kept apart.
@@ -395,7 +433,14 @@ def mlstm_chunkwise(
         return h, None
     if cu_seqlens is None:
         return h, tuple(x.squeeze(2) for x in final_state)
-    return h, tuple(x.squeeze(0).transpose(0, 1) for x in final_state)
+    final_state = tuple(x.squeeze(0).transpose(0, 1) for x in final_state)
+    if initial_state is not None:  # an empty sequence passes its state on, to the last digit
+        unchanged = cu_seqlens.diff() == 0
+        final_state = tuple(
+            torch.where(unchanged.view(-1, *[1] * (old.ndim - 1)), old, new)
+            for old, new in zip(initial_state, final_state, strict=True)
+        )
+    return h, final_state
 
 
 def _prepare(q, k, v, igate, fgate, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -510,9 +555,10 @@ def mlstm_step_torch(
         step = functools.partial(mlstm_step_torch, scale=scale, eps=eps)
         return step_in_slots(step, (q, k, v, igate, fgate), state, state_indices)
     c, n, m = state
-    igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach()
+    # float64: next to an m of 1e5, float32 would lose what the forget gate takes away
+    igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach().double()
     m_new = stabilizer(kept, igate)
-    forget = torch.exp(kept - m_new)[..., None]
+    forget = torch.exp((kept - m_new).to(m.dtype))[..., None]
     k = k * torch.exp(igate - m_new)[..., None]
     if inplace:
         n.mul_(forget).add_(k)
@@ -523,6 +569,6 @@ def mlstm_step_torch(
         c = torch.addcmul(k[..., None] * v[..., None, :], c, forget[..., None])
         m = m_new
     q = q.to(m.dtype) * scale
-    denominator = torch.maximum((q * n).sum(-1).abs(), torch.exp(-m_new)).add_(eps)
+    denominator = _denominator((q * n).sum(-1), m_new, eps)
     h = (q[..., None, :] @ c).squeeze(-2) / denominator[..., None]
     return h.to(v.dtype), (c, n, m)

@@ -29,9 +29,9 @@ def zero_mlstm_state(q: torch.Tensor, v: torch.Tensor, batch_size: int) -> MLSTM
 def stabilizer(kept: torch.Tensor, igate: torch.Tensor) -> torch.Tensor:
     """m_t = max(log f_t + m_{t-1}, i_t): any value serves that keeps exponents <= 0, so it carries no gradient.
 
-    Kept finite: with both gates at -inf the state is empty, and -inf - -inf must not arise.
+    Kept finite: with both gates at -inf the state is empty, and -inf - -inf must not arise. Of the dtype of igate.
     """
-    return torch.maximum(kept, igate).detach().clamp_min(torch.finfo(kept.dtype).min / 4)
+    return torch.maximum(kept, igate).detach().to(igate.dtype).clamp_min(torch.finfo(igate.dtype).min / 4)
 
 
 def mlstm_recurrent_step(
@@ -53,9 +53,9 @@ def mlstm_recurrent_step(
     """
     c, n, m = state
     q, k, v, igate, fgate = (x.to(c.dtype) for x in (q, k, v, igate, fgate))
-    kept = log_forget_gate(fgate) + m.detach()
+    kept = log_forget_gate(fgate) + m.detach().double()  # next to an m of 1e5, float32 would lose log f
     m_new = stabilizer(kept, igate)
-    f = torch.exp(kept - m_new)
+    f = torch.exp((kept - m_new).to(m.dtype))
     i = torch.exp(igate - m_new)
     c = f[..., None, None] * c + (i[..., None] * k)[..., None] * v[..., None, :]
     n = f[..., None] * n + i[..., None] * k

@@ -210,8 +210,9 @@ def score_gradient_kernel(
     p_x,  # (B, H, T)
     p_scores,  # (chunks, H, L, L)
     p_e,  # (chunks, H, L, L)
-    p_g_row,  # (B, H, T) sum_j G_tj
-    p_g_column,  # (B, H, T) sum_t G_tj
+    p_g_key,  # (B, H, T) sum_{t>=j} G_tj
+    p_g_row,  # (B, H, T) sum_{j<t} G_tj
+    p_g_column,  # (B, H, T) sum_{t>j} G_tj
     p_cu_seqlens,
     p_first_chunk,
     p_sequence,
@@ -276,6 +277,9 @@ def score_gradient_kernel(
     b_e += x[:, None]
     tl.store(p_e + o_pair, (b_p * b_e).to(p_e.dtype.element_ty))
     b_e *= b_s
+    tl.store(p_g_key + o_gate, tl.sum(b_e, 0), mask=in_t)
+    # No forget gate lies on the diagonal: in the difference of row and column it would cancel, and bury the rest.
+    b_e = tl.where(o_l[:, None] == o_l[None, :], 0.0, b_e)
     tl.store(p_g_row + o_gate, tl.sum(b_e, 1), mask=in_t)
     tl.store(p_g_column + o_gate, tl.sum(b_e, 0), mask=in_t)
 
@@ -442,6 +446,7 @@ def value_gradient_kernel(
 def gate_gradient_kernel(
     p_fgate,
     p_last_reset,
+    p_g_key,
     p_g_row,
     p_g_column,
     p_q_dq,
@@ -472,22 +477,25 @@ def gate_gradient_kernel(
     live = load_live(p_last_reset, o_gate, in_t)
     q_dq = tl.zeros((L,), tl.float32)
     k_dk = tl.zeros((L,), tl.float32)
+    k_dk_before = tl.zeros((L,), tl.float32)  # that of the token before: a sum without the last token, not less it
     cross = 0.0
     for i in range(NK):
         o_partial = tl.cast(i, tl.int64) * tokens + o_gate
         q_dq += tl.load(p_q_dq + o_partial, mask=in_t, other=0.0)
         k_dk += tl.load(p_k_dk + o_partial, mask=in_t, other=0.0)
+        k_dk_before += tl.load(p_k_dk + o_partial - 1, mask=in_t & (o_l > 0), other=0.0)
         cross += tl.load(p_cross + tl.cast(i, tl.int64) * chunk_heads + pid)
+    g_key = tl.load(p_g_key + o_gate, mask=in_t, other=0.0)
     g_row = tl.load(p_g_row + o_gate, mask=in_t, other=0.0)
     g_column = tl.load(p_g_column + o_gate, mask=in_t, other=0.0)
 
     # log f_t decays what was written before t (strictly) for everyone who reads at t or later
-    dlog_f = tl.cumsum(g_row - g_column + q_dq, 0, reverse=True) + (tl.cumsum(k_dk, 0) - k_dk) + cross
+    dlog_f = tl.cumsum(g_row - g_column + q_dq, 0, reverse=True) + tl.cumsum(k_dk_before, 0) + cross
     p_fgate = features(p_fgate, row, 0, h, stride_fb, stride_ft, stride_fh)
     token = tl.cast(start + o_l, tl.int64)
     fgate = tl.load(p_fgate + token * stride_ft, mask=live, other=float("inf")).to(tl.float32)
     decays = live & (log_sigmoid(fgate) >= RESET)
     dfgate = tl.where(decays, dlog_f / (1.0 + tl.exp(fgate)), 0.0)
     o_out = (row * T + start) * H + h + o_l * H
-    tl.store(p_digate + o_out, (g_column + k_dk).to(p_digate.dtype.element_ty), mask=in_t)
+    tl.store(p_digate + o_out, (g_key + k_dk).to(p_digate.dtype.element_ty), mask=in_t)
     tl.store(p_dfgate + o_out, dfgate.to(p_dfgate.dtype.element_ty), mask=in_t)

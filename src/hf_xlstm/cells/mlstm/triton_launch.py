@@ -197,11 +197,11 @@ def backward(
     if states is None:
         states = _run_states(k, v, gates, initial[:2], (None, None), chunks, plan)
     tokens = _run_tokens(q, dh, sums, states[0], gates, scale, eps, chunks, plan)
-    x, scores, e, g_row, g_column = _run_score_gradients(q, k, v, dh, sums, gates, tokens, scale, chunks, plan)
+    x, scores, e, g = _run_score_gradients(q, k, v, dh, sums, gates, tokens, scale, chunks, plan)
     dstates = _run_state_gradients(q, dh, x, gates, tokens, dfinal, dinitial, chunks, plan)
     dv = _run_value_gradients(k, dh, scores, gates, dstates[0], chunks, plan)
     dq, dk, partial = _run_query_key_gradients(q, k, v, dh, e, x, gates, tokens, states, dstates, chunks, plan)
-    return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g_row, g_column, partial, chunks, plan)
+    return dq, dk, dv, *_run_gate_gradients(igate, fgate, gates, g, partial, chunks, plan)
 
 
 def _run_gates(igate, fgate, mask, m_initial, m_last, m_final, chunks: Chunks, plan: Plan) -> Gates:
@@ -552,7 +552,7 @@ def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale,
     B, T, H, K, V = *q.shape, v.shape[-1]
     L = plan.chunk_size
     scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
-    x, g_row, g_column = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3))
+    x, *g = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4))
     backward_kernels.score_gradient_kernel[(chunks.total * H,)](
         p_q=q,
         p_k=k,
@@ -569,8 +569,7 @@ def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale,
         p_x=x,
         p_scores=scores,
         p_e=e,
-        p_g_row=g_row,
-        p_g_column=g_column,
+        **dict(zip(("p_g_key", "p_g_row", "p_g_column"), g, strict=True)),
         scale=scale,
         **chunks.by_chunk,
         **strides(q=q, k=k, v=v),
@@ -581,7 +580,7 @@ def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale,
         **plan.score.options,
         **dot_options(q.dtype),
     )
-    return x, scores, e, g_row, g_column
+    return x, scores, e, g
 
 
 def _run_query_key_gradients(
@@ -652,7 +651,7 @@ def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: 
     return dv
 
 
-def _run_gate_gradients(igate, fgate, gates: Gates, g_row, g_column, partial, chunks: Chunks, plan: Plan):
+def _run_gate_gradients(igate, fgate, gates: Gates, g, partial, chunks: Chunks, plan: Plan):
     B, T, H = igate.shape
     q_dq, k_dk, cross = partial
     digate = torch.empty(B, T, H, dtype=igate.dtype, device=igate.device)
@@ -660,8 +659,7 @@ def _run_gate_gradients(igate, fgate, gates: Gates, g_row, g_column, partial, ch
     backward_kernels.gate_gradient_kernel[(chunks.total * H,)](
         p_fgate=fgate,
         p_last_reset=gates.last_reset,
-        p_g_row=g_row,
-        p_g_column=g_column,
+        **dict(zip(("p_g_key", "p_g_row", "p_g_column"), g, strict=True)),
         p_q_dq=q_dq,
         p_k_dk=k_dk,
         p_cross=cross,

@@ -8,6 +8,7 @@ import torch
 
 from .. import environment
 from .. import triton_common as common
+from ..numerics import first_derivatives_only, no_transforms
 from . import triton_launch as launch
 from .reference import MLSTMState
 
@@ -149,11 +150,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dh, dc, dn, *_):
+    no_transforms("mlstm", "triton", dh, dc, dn)
     dfinal = (dc, dn) if ctx.final_state else (None, None)
     dq, dk, dv, digate, dfgate, *dinitial = mlstm_backward(dh, *dfinal, *ctx.saved_tensors, ctx.scale, ctx.eps)
     return dq, dk, dv, digate, dfgate, *(dinitial or (None, None)), *[None] * 7
 
 
+mlstm_backward.register_autograd(lambda *_: first_derivatives_only("mlstm", "triton"))
 mlstm_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
@@ -173,6 +176,7 @@ def mlstm_triton(
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """The sequence; shapes as in `hf_xlstm.ops.mlstm`. `chunk_size` has no effect: the registers of the GPU decide."""
+    no_transforms("mlstm", "triton")
     h, c, n, m, *_ = mlstm_forward(
         q,
         k,

@@ -6,8 +6,10 @@ instead of the maximum. Then n = 1 throughout, c is a running average and m the 
     u_t = i_t - (log f_t + m_{t-1}),    m_t = logaddexp(log f_t + m_{t-1}, i_t)
     c_t = f' c_{t-1} + i' tanh(z_t),    h_t = sigmoid(o_t) c_t                  i' = sigmoid(u_t), f' = sigmoid(-u_t)
 
-An empty state is m = -inf, no special case. A step takes half the operations of the reference, and the backward pass
-needs u, log f, tanh(z), sigmoid(o) and c, nothing else.
+An empty state is m = -inf, no special case. m is float64 from step to step: next to an m of 1e5, float32 could not
+tell tokens apart that compete. A final state has an m of the gate dtype, and in n what the rounding has left. A step
+takes half the operations of the reference, and the backward pass needs u, log f, tanh(z), sigmoid(o) and c, nothing
+else.
 
 The loop over time is plain Python: each step waits for its matrix product, which takes longer than calling the dozen
 operations around it. Traced by a compiler, the loop would be unrolled anew for every length, so forward and backward
@@ -108,7 +110,7 @@ def _forward(
     h, c = (x.new_zeros(N + B * T, H, D) for _ in range(2))
     h[:N] = h0[sequence]
     c[:N] = torch.where(n0 == 0, 0, c0 / n0)[sequence]
-    m = (m0 + n0.log())[sequence]
+    m = (m0.double() + n0.log())[sequence]
 
     h_blocks, c_blocks = (s[: N + steps].split(blocks) for s in (h, c))
     with without_autocast(gates.device):
@@ -128,12 +130,10 @@ def _forward(
     output = torch.empty(B * T, H, D, dtype=gates.dtype, device=gates.device)
     output[order] = h[N:].to(gates.dtype)
     unchanged = (schedule.lengths == 0)[:, None, None]
-    final_state = (
-        h[schedule.last],
-        torch.where(unchanged, c0, c[schedule.last]),
-        torch.where(unchanged, n0, 1),
-        torch.where(unchanged, m0, m[schedule.rank]),
-    )
+    m = m[schedule.rank]
+    m_final = torch.where(unchanged, m0, m.to(dtype))
+    n_final = torch.where(unchanged, n0, torch.exp(m - m_final).to(dtype))
+    final_state = h[schedule.last], torch.where(unchanged, c0, c[schedule.last] * n_final), n_final, m_final
     return output.view(B, T, H, D), *final_state, x, c
 
 
@@ -153,6 +153,7 @@ def _backward(
     recurrent_weight: torch.Tensor,
     h0: torch.Tensor,
     n0: torch.Tensor,
+    n_final: torch.Tensor,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     h: torch.Tensor,
@@ -180,7 +181,10 @@ def _backward(
     dh = torch.cat([torch.zeros_like(h0), in_order(dh)])
     dh.index_add_(0, schedule.last, dh_final)
     dh_blocks = dh[: N + steps].split(blocks)
-    dcn = torch.stack([dc_final, dn_final], dim=1)[sequence]  # (N, 2, H, D)
+    # the last c and n = 1 came out times n_final, except where no step was taken and c0, n0 themselves came out
+    idle = (schedule.lengths == 0)[:, None, None]
+    n_final = torch.where(idle, 1, n_final)
+    dcn = torch.stack([dc_final * n_final, dn_final * n_final], dim=1)[sequence]  # (N, 2, H, D)
     dx = torch.zeros_like(x)
 
     with without_autocast(h.device):
@@ -218,15 +222,14 @@ def _backward(
     d_bias = dx.sum(0)
     d_gates = torch.empty(x.shape, dtype=h.dtype, device=h.device)
     d_gates[order] = dx.to(h.dtype)
-    # c0 / n0 went in, except where no step was taken and c0, n0 themselves came out
-    scale = torch.where(n0 == 0, 0, 1 / n0)
-    scale = torch.where((schedule.lengths == 0)[:, None, None], 1, scale)
+    # c0 / n0 went in
+    scale = torch.where(idle, 1, torch.where(n0 == 0, 0, 1 / n0))
     dc0, dn0 = (d[rank] * scale for d in dcn.unbind(1))
     return d_gates.view(B, T, 4, H, D), d_weight, d_bias, dh[rank], dc0, dn0
 
 
 @_backward.register_fake
-def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c):
+def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c):
     B, T, H, D = h.shape
     d_parameters = h0.new_empty(4, H, D, D), h0.new_empty(4, H, D)
     return h.new_empty(B, T, 4, H, D), *d_parameters, *(torch.empty_like(h0) for _ in range(3))
@@ -242,15 +245,15 @@ class _SLSTM(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, recurrent_weight, _, h0, _, n0, _, mask, cu_seqlens = inputs
-        h, _, _, _, m, x, c = output
-        ctx.save_for_backward(recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c)
+        h, _, _, n_final, m, x, c = output
+        ctx.save_for_backward(recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c)
         ctx.mark_non_differentiable(m, x, c)
         ctx.set_materialize_grads(False)  # zeros as gradients of x and c would cost as much memory as x and c
 
     @staticmethod
     def backward(ctx, dh, dh_final, dc_final, dn_final, *_):
         saved = ctx.saved_tensors  # read once: checkpointing hands them out only once
-        _, h0, _, _, _, h, _, _ = saved
+        _, h0, _, _, _, _, h, _, _ = saved
         dh = torch.zeros_like(h) if dh is None else dh
         d_final = (torch.zeros_like(h0) if d is None else d for d in (dh_final, dc_final, dn_final))
         return *_SLSTMGradient.apply(dh, *d_final, *saved), None, None, None
@@ -264,8 +267,9 @@ class _SLSTMGradient(torch.autograd.Function):
     """The gradient operator, whose own gradient is refused."""
 
     @staticmethod
-    def forward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c):
-        return _backward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, mask, cu_seqlens, h, x, c)
+    def forward(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c):
+        final = dh_final, dc_final, dn_final
+        return _backward(dh, *final, recurrent_weight, h0, n0, n_final, mask, cu_seqlens, h, x, c)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -31,9 +31,10 @@ def slstm_cell(x: torch.Tensor, state: SLSTMState) -> SLSTMState:
     _, c, n, m = state
     i = i.clamp_min(torch.finfo(i.dtype).min)  # -inf may well be asked for, but -inf - -inf must not arise
     log_f = log_forget_gate(f)
+    kept = log_f + m.detach().double()  # next to an m of 1e5, float32 would lose what the forget gate takes away
     empty = n == 0
-    m_new = torch.where(empty, i, torch.maximum(log_f + m, i)).detach()
-    f = torch.exp((log_f + m.detach() - m_new).masked_fill(empty, -torch.inf))
+    m_new = torch.where(empty, i, torch.maximum(kept, i)).detach().to(m.dtype)
+    f = torch.exp((kept - m_new).to(m.dtype).masked_fill(empty, -torch.inf))
     i = torch.exp(i - m_new)
     c = f * c + i * torch.tanh(z)
     n = f * n + i

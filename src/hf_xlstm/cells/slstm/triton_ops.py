@@ -7,6 +7,7 @@ The kernels are registered as three operators that torch.compile sees as black b
 import torch
 
 from .. import triton_common as common
+from ..numerics import first_derivatives_only, no_transforms
 from . import triton_launch as launch
 from .reference import SLSTMState, zero_slstm_state
 
@@ -104,12 +105,14 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dh, dh_final, dc_final, dn_final, *_):
+    no_transforms("slstm", "triton", dh, dh_final, dc_final, dn_final)
     h0, h = ctx.saved_tensors[1], ctx.saved_tensors[6]
     dh = torch.zeros_like(h) if dh is None else dh
     d_final = (torch.zeros_like(h0) if d is None else d for d in (dh_final, dc_final, dn_final))
     return *slstm_backward(dh, *d_final, *ctx.saved_tensors), None, None, None, None
 
 
+slstm_backward.register_autograd(lambda *_: first_derivatives_only("slstm", "triton"))
 slstm_forward.register_autograd(_differentiate, setup_context=_save)
 
 
@@ -124,6 +127,7 @@ def slstm_triton(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SLSTMState | None]:
     """The sequence; shapes as in `hf_xlstm.ops.slstm`."""
+    no_transforms("slstm", "triton")
     if initial_state is None:
         initial_state = zero_slstm_state(gates, gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     inputs = (gates, recurrent_weight, bias, *initial_state)

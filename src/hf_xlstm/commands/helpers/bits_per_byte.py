@@ -42,7 +42,7 @@ def bits_per_byte(
         for start in range(0, targets.shape[1], window):
             here = slice(start, min(start + window, targets.shape[1]))
             outputs = model(ids[:, here], attention_mask=mask[:, here], use_cache=True, **{CACHE_NAME: cache})
-            cache = outputs[CACHE_NAME]
+            cache = outputs.get(CACHE_NAME)
             logits = outputs.logits.float().flatten(0, 1)
             nats += torch.nn.functional.cross_entropy(logits, targets[:, here].flatten(), reduction="sum").item()
     model.train(was_training)
