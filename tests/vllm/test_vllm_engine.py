@@ -129,23 +129,47 @@ def test_aborted_requests_leave_the_others_alone(tmp_path):
         assert_same(model, complete(llm, ragged_prompts(4, seed=1)))
 
 
-@BOTH
-def test_guesses_that_are_accepted_and_some_that_are_not(stack, tmp_path, monkeypatch):
-    """A model that repeats itself: the next token depends on the last one most, and on the state a little."""
-    # a process of its own: in one where guesses were made before, through numba, vLLM 0.32 starts no second engine
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    directory, model = saved_model(tmp_path, stack)
+def model_that_repeats_itself(directory, stack: str):
+    """The next token depends on the last one most, and on the state a little."""
+    path, model = saved_model(directory, stack)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "out_proj.weight" in name or "proj_down.weight" in name:
                 parameter *= 0.5
             elif name.endswith("slstm_layer.multihead_norm.weight"):
                 parameter.fill_(-0.8 if stack == "paper" else 0.2)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(directory)
+    return path, model
+
+
+@BOTH
+def test_guesses_that_are_accepted_and_some_that_are_not(stack, tmp_path, monkeypatch):
+    """At once; and prompts of one token, which vLLM pads with guesses, beside one that decodes."""
+    # a process of its own: in one where guesses were made before, through numba, vLLM 0.32 starts no second engine
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    directory, model = model_that_repeats_itself(tmp_path, stack)
     with engine(directory, speculative_config=NGRAM, enable_prefix_caching=False) as llm:
         assert_same(model, complete(llm, ragged_prompts(8), tokens=64))
         guessed, accepted = (metric(llm, f"spec_decode_num_{x}_tokens") for x in ("draft", "accepted"))
+        core, finished, late = llm.llm_engine, [], [[token] for token in range(8)]
+        core.add_request("long", {"prompt_token_ids": [1, 2, 3]}, greedy(400))
+        while core.has_unfinished_requests():
+            finished += [x for x in core.step() if x.finished]
+            if late and "long" not in {x.request_id for x in finished}:
+                core.add_request(f"{len(late)}", {"prompt_token_ids": late.pop()}, greedy(16))
+        assert len(finished) == 9
+        assert_same(model, finished)
     assert 10 < accepted < guessed
+
+
+@BOTH
+def test_guesses_in_batches_that_are_too_small_for_all(stack, tmp_path, monkeypatch):
+    """Requests sit out steps, and go on from the state after their last accepted token all the same."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    directory, model = model_that_repeats_itself(tmp_path, stack)
+    small = {"max_num_batched_tokens": 16, "max_num_seqs": 12}
+    with engine(directory, speculative_config=NGRAM, enable_prefix_caching=False, **small) as llm:
+        assert_same(model, complete(llm, ragged_prompts(12), tokens=48))
 
 
 # name in the metadata, and what it is instead

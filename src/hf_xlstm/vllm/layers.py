@@ -16,19 +16,16 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
+from .. import layers as native
 from ..cells.numerics import gate_dtype
-from ..layers import (
-    xLSTMCausalConv,
-    xLSTMHeadwiseLinear,
-    xLSTMMultiHeadNorm,
-    xLSTMPaperMultiHeadNorm,
-)
+from ..layers import MultiHeadNorm
 from ..ops import mlstm, mlstm_step, slstm, slstm_step
+from ..paper import PaperMultiHeadNorm
 from ..pointwise import soft_cap, swiglu
 from .states import StatefulLayer, Tensors, sharded
 
 
-class CausalConv(xLSTMCausalConv):
+class CausalConv(native.CausalConv):
     """The depthwise convolution and SiLU on tokens of many requests, (T, D) to (T, D). Its state are the last inputs,
     (..., taps - 1, D)."""
 
@@ -67,7 +64,7 @@ class CausalConv(xLSTMCausalConv):
         return self.over_window(window).squeeze(1)
 
 
-class HeadwiseLinear(xLSTMHeadwiseLinear):
+class HeadwiseLinear(native.HeadwiseLinear):
     """One linear map per head, or per block of another size, this rank's heads."""
 
     def __init__(self, num_heads: int, head_dim: int, bias: bool = False):
@@ -115,7 +112,7 @@ class MLSTMLayer(MLSTMCell):
             width, widths, bias=bias, quant_config=quant_config, prefix=f"{prefix}.qkvo"
         )
         self.gates = MergedColumnParallelLinear(width, [config.num_heads] * 2, bias=True, prefix=f"{prefix}.gates")
-        self.multihead_norm = xLSTMMultiHeadNorm(self.widths[-1], eps=config.norm_eps, bias=bias)
+        self.multihead_norm = MultiHeadNorm(self.widths[-1], eps=config.norm_eps, bias=bias)
         for parameter in self.multihead_norm.parameters():
             sharded(parameter)
         self.out_proj = RowParallelLinear(
@@ -168,7 +165,7 @@ class PaperMLSTMLayer(MLSTMCell):
         self.conv = CausalConv(inner // self.tp_size, config.mlstm_conv_kernel_size)
         self.q_proj, self.k_proj, self.v_proj = (HeadwiseLinear(inner // size, size, bias) for _ in range(3))
         self.igate_preact, self.fgate_preact = (QKVGate(inner, config.num_heads) for _ in range(2))
-        self.multihead_norm = xLSTMPaperMultiHeadNorm(inner // self.tp_size, eps=config.norm_eps)
+        self.multihead_norm = PaperMultiHeadNorm(inner // self.tp_size, eps=config.norm_eps)
         sharded(self.multihead_norm.weight)
         self.learnable_skip = nn.Parameter(torch.empty(inner // self.tp_size))
         sharded(self.learnable_skip)
@@ -212,10 +209,10 @@ class SLSTMLayer(StatefulLayer):
         sharded(self.recurrent_weight, dim=1)
         sharded(self.bias, dim=1)
         if config.block_family == "paper":
-            self.multihead_norm = xLSTMPaperMultiHeadNorm(width, eps=config.norm_eps)
+            self.multihead_norm = PaperMultiHeadNorm(width, eps=config.norm_eps)
         else:
             eps = config.norm_eps if config.slstm_norm_eps is None else config.slstm_norm_eps
-            self.multihead_norm = xLSTMMultiHeadNorm(width, eps=eps, bias=config.use_bias)
+            self.multihead_norm = MultiHeadNorm(width, eps=eps, bias=config.use_bias)
         for parameter in self.multihead_norm.parameters():
             sharded(parameter)
         self.rank = get_tensor_model_parallel_rank()

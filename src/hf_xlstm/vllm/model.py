@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -24,15 +25,24 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..cells.numerics import gate_dtype
-from ..formats.weights import Layout, check_names, drop_tied_head, weights_from_theirs
-from ..modeling_xlstm import make_norm, xLSTMForCausalLM
+from ..configuration_xlstm import xLSTMConfig
+from ..formats.weights import Layout, check_names, drop_tied_head, weights_from_foreign
+from ..layers import RMSNorm
+from ..modeling_xlstm import xLSTMForCausalLM
+from ..paper import PaperLayerNorm
 from ..pointwise import soft_cap
 from .layers import FeedForward, MLSTMLayer, PaperFeedForward, PaperMLSTMLayer, SLSTMLayer
 from .states import block_shape
+
+
+def norm_of(config: xLSTMConfig, bias: bool) -> nn.Module:
+    """The norm over D before a layer, or the last one, of the block family."""
+    if config.block_family == "paper":
+        return PaperLayerNorm(config.hidden_size, eps=config.norm_eps)
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, bias=bias)
 
 
 class Block(nn.Module):
@@ -43,15 +53,15 @@ class Block(nn.Module):
         config = vllm_config.model_config.hf_config
         paper, bias = config.block_family == "paper", config.use_bias
         if config.layers_block_type[int(prefix.rsplit(".", 1)[1])] == "mlstm":
-            self.norm_mlstm = make_norm(config, bias=bias)
+            self.norm_mlstm = norm_of(config, bias)
             layer = PaperMLSTMLayer if paper else MLSTMLayer
             self.mlstm_layer = layer(vllm_config, f"{prefix}.mlstm_layer")
         else:
-            self.norm_slstm = make_norm(config, bias=bias)
+            self.norm_slstm = norm_of(config, bias)
             self.slstm_layer = SLSTMLayer(vllm_config, f"{prefix}.slstm_layer")
         self.is_mlstm, self.ffn = hasattr(self, "mlstm_layer"), None
         if not (paper and self.is_mlstm):
-            self.norm_ffn = make_norm(config, bias=bias)
+            self.norm_ffn = norm_of(config, bias)
             self.ffn = (PaperFeedForward if paper else FeedForward)(vllm_config, f"{prefix}.ffn")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +85,7 @@ class Backbone(nn.Module):
             config.num_hidden_layers, lambda prefix: Block(vllm_config, prefix), prefix=f"{prefix}.blocks"
         )
         has_norm = config.add_out_norm and stage.is_last_rank
-        self.out_norm = make_norm(config) if has_norm else PPMissingLayer()
+        self.out_norm = norm_of(config, config.out_norm_bias) if has_norm else PPMissingLayer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks[self.start : self.end]:
@@ -86,9 +96,8 @@ class Backbone(nn.Module):
 class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsMambaPrefixCaching, SupportsPP):
     """The architecture "xLSTMForCausalLM" in vLLM.
 
-    It is `IsHybrid`, although no layer is attention: for `IsAttentionFree` models vLLM's runner of CPUs (V1) does not
-    count accepted tokens, so that speculative decoding goes on from wrong states without a word, and the settings of
-    Mamba models would have to be entered into a private table.
+    It is `IsHybrid`, although no layer is attention: for `IsAttentionFree` models the settings of Mamba models would
+    have to be entered into a private table.
     """
 
     packed_modules_mapping = {
@@ -102,6 +111,8 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         config = self.config = vllm_config.model_config.hf_config
         refuse_unsupported(vllm_config)
         self.is_quantized = vllm_config.quant_config is not None
+        # where the checkpoint has a head, vLLM unties it and would serve another one with a warning
+        self.is_tied = config.tie_word_embeddings or vllm_config.model_config.word_embeddings_untied_by_checkpoint
         self.backbone = Backbone(vllm_config, maybe_prefix(prefix, "backbone"))
         if get_pp_group().is_last_rank:
             head_prefix = maybe_prefix(prefix, "lm_head")
@@ -111,6 +122,8 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        if self.is_quantized:
+            refuse_idle_quantization(self, vllm_config.model_config.quantization)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
         )
@@ -156,16 +169,19 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
         """Loads a checkpoint of any layout that this package reads; returns the names of the parameters loaded.
 
         Raises:
-            ValueError: the checkpoint lacks weights or has unknown ones; the message names them.
+            ValueError: the checkpoint lacks weights or has unknown ones; the message names them. Or it has a head that
+                the configuration ties to the embedding, and it is another one.
         """
         weights = dict(weights)  # their files are mapped, not read
-        if Layout.of(weights) != Layout("hf_xlstm"):
+        layout = Layout.of(weights)
+        if self.is_tied:
+            names = drop_tied_head(weights, weights.__getitem__, layout)
+            if self.config.tie_word_embeddings:
+                weights = {name: weights[name] for name in names}
+        if layout != Layout("hf_xlstm"):
             with torch.device("meta"):
                 names = list(xLSTMForCausalLM(self.config).state_dict())
-            weights = weights_from_theirs(weights, names, self.config)
-        elif self.config.tie_word_embeddings:
-            names = drop_tied_head(weights, weights.__getitem__, Layout("hf_xlstm"))
-            weights = {name: weights[name] for name in names}
+            weights = weights_from_foreign(weights, names, self.config)
         weights = {name: x for name, x in weights.items() if not is_pp_missing_parameter(name, self)}
         parameters = dict(self.named_parameters())
         if not self.is_quantized:  # else the checkpoint has scales and such, which vLLM's layers know
@@ -190,9 +206,15 @@ class XLSTMForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Support
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what would fail inside vLLM later, with less to go by."""
-    speculates = vllm_config.speculative_config is not None
-    if current_platform.is_cpu() and speculates and vllm_config.cache_config.enable_prefix_caching:
+    if vllm_config.speculative_config is not None and vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(
-            "On a CPU, vLLM has speculative decoding for recurrent models only without prefix caching: pass "
+            "Speculative decoding of recurrent models works without prefix caching only: pass "
             "--no-enable-prefix-caching, or enable_prefix_caching=False."
         )
+
+
+def refuse_idle_quantization(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a method that is for other kinds of layers than a dense model has."""
+    methods = [layer.quant_method for layer in model.modules() if isinstance(layer, LinearBase)]
+    if all(isinstance(method, UnquantizedLinearMethod) for method in methods):
+        raise ValueError(f"quantization={name!r} leaves all layers of an xLSTM as they are.")

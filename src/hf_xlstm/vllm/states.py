@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from ..configuration_xlstm import xLSTMConfig
-from .backend import XLSTMBackend, XLSTMMetadata, without_null
+from .backend import Guesses, XLSTMBackend, XLSTMMetadata, without_null
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -131,39 +131,41 @@ class StatefulLayer(nn.Module, MambaBase):
         pools, outputs = self.state_pools()[parts], []
         if decoding:
             rows = tuple(x[:decoding] for x in inputs)
-            if metadata.num_accepted_tokens is None:
+            if metadata.decode_guesses is None:
                 outputs.append(recurrence.step(rows, pools, metadata.decode_slots))
             else:
-                outputs.append(verify(recurrence, rows, pools, metadata))
+                outputs.append(verify(recurrence, rows, pools, metadata.decode_guesses))
         if prefilling:
             rows = tuple(x[decoding : decoding + prefilling] for x in inputs)
             blocks, known = metadata.prefill_blocks, metadata.has_initial_states_p
             # where, and not a product: what a block holds from before may be anything, NaN included
             state = tuple(torch.where(known.view(-1, *(1,) * (x.ndim - 1)), x[blocks], 0.0) for x in pools)
-            output, state = recurrence.sequence(rows, state, metadata.query_start_loc_p)
-            for pool, x in zip(pools, state, strict=True):
+            output, final_state = recurrence.sequence(rows, state, metadata.query_start_loc_p)
+            for pool, x in zip(pools, final_state, strict=True):
                 pool[blocks] = x.to(pool.dtype)
             outputs.append(output)
+            if metadata.padded_guesses is not None:  # the output is right, but it takes the state after every token
+                for pool, x in zip(pools, state, strict=True):
+                    pool[metadata.padded_guesses.source] = x[metadata.padded]
+                verify(recurrence, rows, pools, metadata.padded_guesses)
         padding = length - decoding - prefilling
         if padding:
             outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def verify(recurrence: Recurrence, inputs: Tensors, pools: Tensors, metadata: XLSTMMetadata) -> torch.Tensor:
+def verify(recurrence: Recurrence, inputs: Tensors, pools: Tensors, guesses: Guesses) -> torch.Tensor:
     """Decoding with guesses: a request has one or more tokens, and a block for its state after each of them. It goes
     on from the state after the last token that was accepted in the step before, whichever block that is in.
 
     The loop is over the tokens of a request, all requests at once; nothing is read on the host. A request without a
     t-th token works on vLLM's null block, and its output goes into a row that is thrown away.
     """
-    blocks, bounds = metadata.decode_blocks, metadata.query_start_loc_d.long()
-    source = blocks.gather(1, metadata.num_accepted_tokens.long()[:, None] - 1).squeeze(1)
-    total, output = len(inputs[0]), None
-    for t in range(metadata.max_decode_len):
-        token = bounds[:-1] + t
-        active = token < bounds[1:]
-        source, target = (torch.where(active, x, NULL_BLOCK_ID) for x in (source, blocks[:, t]))
+    source, total, output = guesses.source, len(inputs[0]), None
+    for t in range(guesses.longest):
+        token = guesses.start + t
+        active = token < guesses.end
+        source, target = (torch.where(active, x, NULL_BLOCK_ID) for x in (source, guesses.blocks[:, t]))
         for pool in pools:
             pool[target] = pool[source]
         row = torch.where(active, token, 0)
