@@ -1,6 +1,7 @@
 """The tested range is stated once, and what is said elsewhere follows it."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def test_pyproject_and_makefile_follow_the_tested_range():
 def test_hooks_lint_as_make_does():
     pinned = re.search(r"^ruff==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
     assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_site_is_made_by_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = re.search(r"^DOCS := (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1)
+    assert shlex.split(packages) == extras["docs"]
 
 
 def test_readme_names_the_tested_range():

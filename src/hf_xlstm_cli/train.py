@@ -2,7 +2,7 @@
 
     hf-xlstm train --output runs/mine --data book.txt notes/*.txt --minutes 10
     hf-xlstm train --output runs/big --data crawl/*.parquet --size 160m --ratio 7:1 --tokens 3e9
-    torchrun --nproc_per_node 8 scripts/train.py ...  # or: -m hf_xlstm_cli train
+    torchrun --nproc_per_node 8 -m hf_xlstm_cli train ...
 
 The same command again goes on from the last checkpoint, after whatever ended it. When the training is complete, the
 output directory has the model and its tokenizer (for AutoModelForCausalLM and AutoTokenizer, after `import hf_xlstm`),
