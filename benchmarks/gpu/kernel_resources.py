@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_xlstm.cells.mlstm import triton_launch as launch
+from hf_xlstm.cells.mlstm import triton_launch_recurrent as launch_recurrent
 from hf_xlstm.cells.slstm import triton_launch as slstm_launch
 from hf_xlstm.cells.triton_common import GPU
 
@@ -131,11 +132,11 @@ def record_launches(dtype: torch.dtype, K: int, V: int, T: int, gpu: GPU, full: 
     plan = launch.plan(dtype, K, V, gpu)
     inputs = (q, k, v, igate, fgate, mask)
     with recording() as launches:
-        launch.recurrent(*inputs, state, state, 0.1, 1e-6)
+        launch_recurrent.recurrent(*inputs, state, state, 0.1, 1e-6)
         if full:  # decoding, from states of its own and from a pool
             token = [x[:, :1] for x in inputs[:-1]]
             for state_indices in (None, empty(B, dtype=torch.int32)):
-                launch.step(*token, state, state_indices, 0.1, 1e-6)
+                launch_recurrent.step(*token, state, state_indices, 0.1, 1e-6)
         for forward_plan in filter(None, (plan, launch.on_chip_plan(dtype, K, V, B * H, gpu))):
             launch.forward(*inputs, None, state, state, 0.1, 1e-6, forward_plan)
         launch.backward(v, state[:2], *inputs, None, state, state[:2], state[2], (s, s), None, 0.1, 1e-6, plan)

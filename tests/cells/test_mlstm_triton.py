@@ -18,6 +18,7 @@ from oracle import BF16, DEVICE, F32, INF
 pytest.importorskip("triton")
 
 from hf_xlstm.cells.mlstm import triton_launch as launch
+from hf_xlstm.cells.mlstm import triton_ops  # noqa: F401  registers the operators
 from hf_xlstm.cells.triton_common import GPU, unsupported_gpu, unsupported_reason
 from hf_xlstm.ops import mlstm
 

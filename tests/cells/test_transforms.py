@@ -198,6 +198,25 @@ def test_forward_mode_is_exact_or_refused(op):
             torch.func.jvp(loss, inputs, inputs)
 
 
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_transforms_are_refused_on_triton(op):
+    pytest.importorskip("triton")
+    loss, inputs = loss_of(op, backend="triton")
+    inputs = [x.float() for x in inputs]
+    with pytest.raises(NotImplementedError, match=f"`{op}` has first derivatives only"):
+        gradient_penalty(loss, inputs)
+    refused = pytest.raises(NotImplementedError, match=f"`{op}` cannot run under the transforms of torch.func")
+    with refused:
+        torch.func.grad(loss)(*inputs)
+    with refused:
+        torch.func.vmap(loss)(*(torch.stack([x, x]) for x in inputs))
+    with refused:
+        torch.func.jvp(loss, tuple(inputs), tuple(inputs))
+    leaves = [x.requires_grad_() for x in inputs]
+    with refused:
+        torch.autograd.grad(loss(*leaves).expand(1), leaves, torch.ones(2, 1), is_grads_batched=True)
+
+
 def test_vmap_over_bounds_is_refused():
     inputs, bounds = mlstm_inputs(1), torch.tensor([[0, 4, 10], [0, 5, 10]])
     with pytest.raises(NotImplementedError, match="cu_seqlens"):

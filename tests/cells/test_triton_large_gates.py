@@ -4,13 +4,22 @@ Logarithms of weights are then differences of sums that float32 rounds to anythi
 left of an exponent of -1e5 is 0: both must come out as in float64.
 """
 
-import os
-
 import pytest
 import torch
+from large_gates import (
+    KINDS,
+    SCALES,
+    double,
+    error,
+    evaluate,
+    evaluate_slstm,
+    make_inputs,
+    make_slstm_inputs,
+    make_state,
+)
+from oracle import DEVICE
 
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
 pytest.importorskip("triton")
 
 from hf_xlstm.cells.mlstm import triton_launch as launch
@@ -22,22 +31,8 @@ from hf_xlstm.cells.slstm.triton_ops import slstm_step_triton, slstm_triton
 from hf_xlstm.cells.triton_common import GPU, Tiles
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INF = float("inf")
-SCALES = [300.0, 1e5]
-# Where a gate closes so hard that it holds back more than the next tokens bring, what came before it still counts.
-KINDS = ("random", "level", "closing", "infinite")
 PATHS = ("step by step", "C in memory", "C on chip", "spans")
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 5e-2)}  # outputs and states, gradients
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN, so that reading what was never written shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=PATHS)
@@ -50,60 +45,6 @@ def path(request, monkeypatch):
         decide, gpu = launch.on_chip_plan, GPU(major=9, processors=1)
         monkeypatch.setattr(launch, "on_chip_plan", lambda dtype, K, V, *_: decide(torch.bfloat16, K, V, 1, gpu))
     return request.param
-
-
-def make_gates(kind: str, scale: float, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """igate and fgate (B, T, ...)."""
-    igate, fgate = torch.randn(2, *shape, device=DEVICE)
-    token = torch.arange(shape[1], device=DEVICE).view(1, -1, *[1] * (len(shape) - 2))
-    if kind in ("random", "infinite"):
-        igate, fgate = scale * igate, scale * fgate
-    if kind == "level":  # all input gates high, and of one height: tokens compete
-        igate, fgate = igate + scale, fgate + 4
-    if kind == "closing":  # every sixth token closes the forget gate, and brings less than that holds back
-        igate = igate - 1.5 * scale * (token // 6)
-        fgate = torch.where(token % 6 == 5, fgate - scale, fgate + 4)
-    if kind == "infinite":
-        igate = torch.where(token % 7 == 3, -INF, igate)
-        fgate = torch.where(token % 5 == 4, INF, torch.where(token % 31 == 20, -INF, fgate))
-    return igate, fgate
-
-
-def make_inputs(kind: str, scale: float, B: int, T: int, dtype: torch.dtype):
-    """q and k of one sign: n.q must not cancel, or no float32 would do."""
-    q, k, v = torch.randn(B, T, 1, 3 * 16, device=DEVICE).to(dtype).split(16, dim=-1)
-    return q.abs(), k.abs(), v, *make_gates(kind, scale, B, T, 1)
-
-
-def make_state(rows: int, level: float = 0.0):
-    c, n, m = (torch.randn(shape, device=DEVICE) for shape in ((rows, 1, 16, 16), (rows, 1, 16), (rows, 1)))
-    return c, n.abs(), m + level
-
-
-def double(x):
-    if isinstance(x, torch.Tensor):
-        return x.detach().double() if x.is_floating_point() else x
-    return None if x is None else tuple(map(double, x))
-
-
-def evaluate(function, inputs, state, dh, dstate, gauge=None, **options):
-    """Outputs and gradients by name, of a loss on h and on the final c and n, and the final m. c and n are brought to
-    the m called `gauge`."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    initial = None if state is None else (*(x.detach().requires_grad_() for x in state[:2]), state[2])
-    h, (c, n, m) = function(*leaves, initial_state=initial, output_final_state=True, scale=0.25, eps=0.0, **options)
-    shift = torch.exp(m - (m if gauge is None else gauge.to(m.dtype))).detach()
-    outputs = {"h": h, "c": c * shift[..., None, None], "n": n * shift[..., None]}
-    loss = sum((x * d).sum() for x, d in zip(outputs.values(), (dh, *dstate), strict=True))
-    leaves += [] if initial is None else initial[:2]
-    gradients = torch.autograd.grad(loss, leaves)
-    names = [f"d{name}" for name in ("q", "k", "v", "igate", "fgate", "c", "n")]
-    return outputs | dict(zip(names, gradients, strict=False)), m
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor, floor: float) -> float:
-    assert actual.isfinite().all()
-    return ((actual.double() - expected).norm() / expected.norm().clamp_min(floor)).item()
 
 
 def check(inputs, state=None, **options):
@@ -175,21 +116,6 @@ def head_dim(request, monkeypatch):
     tiles = Tiles(num_warps=4, num_stages=1, BB=slstm_launch.BB, BD=16, BK=16)
     monkeypatch.setattr(slstm_launch, "plan", lambda *_: tiles)
     return 20
-
-
-def make_slstm_inputs(kind: str, scale: float, T: int, D: int):
-    gates = torch.randn(2, T, 4, 2, D, device=DEVICE)
-    gates[:, :, 0], gates[:, :, 1] = make_gates(kind, scale, 2, T, 2, D)
-    return gates, torch.randn(4, 2, D, D, device=DEVICE) / D**0.5, torch.randn(4, 2, D, device=DEVICE)
-
-
-def evaluate_slstm(function, inputs, dh):
-    """h, what the final state means (its output, c / n, the log of all weight) and the gradients of sum(h dh)."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    h, (h_final, c, n, m) = function(*leaves, output_final_state=True)
-    gradients = torch.autograd.grad((h * dh).sum(), leaves)
-    names = ("h", "final h", "c / n", "m + log n", "dgates", "dweight", "dbias")
-    return dict(zip(names, (h, h_final, c / n, m + n.log(), *gradients), strict=True))
 
 
 @pytest.mark.parametrize("scale", [300.0, 1e5])

@@ -10,6 +10,7 @@ from .. import environment
 from .. import triton_common as common
 from ..numerics import first_derivatives_only, no_transforms
 from . import triton_launch as launch
+from . import triton_launch_recurrent as launch_recurrent
 from .reference import MLSTMState
 
 
@@ -51,7 +52,7 @@ def mlstm_forward(
     final = new_state if final_state else (None, None, None)
     with common.on_device(q):
         if cu_seqlens is None and q.shape[1] <= MAX_RECURRENT and not save_states:
-            h, sums = launch.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
+            h, sums = launch_recurrent.recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps)
         else:
             plan = _plan(q, v)
             if not save_states:
@@ -213,7 +214,7 @@ def mlstm_step_inplace(
     tokens = [x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate)]
     state = common.state_rows((c, n, m), state_indices)
     with common.on_device(q):
-        h = launch.step(*tokens, state, common.contiguous(state_indices), scale, eps)
+        h = launch_recurrent.step(*tokens, state, common.contiguous(state_indices), scale, eps)
     for old, new in zip((c, n, m), state, strict=True):
         if old is not new:
             old.copy_(new)
