@@ -344,6 +344,11 @@ class xLSTMConfig(PreTrainedConfig):
             "blocks.*.ffn.proj_down": "rowwise",
         }
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, value: dict[str, str]) -> None:
+        """Nothing to do: Transformers 5.19 adds the embedding of tied models, under a name it does not have here. The
+        plan always has it."""
+
     @property
     def layers_block_type(self) -> list[str]:
         """The type of every block, `"mlstm"` or `"slstm"`."""
