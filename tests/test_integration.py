@@ -215,6 +215,12 @@ def test_classes_are_found_by_their_names():
         assert getattr(transformers, name) is getattr(hf_xlstm, name)
         assert getattr(sys.modules["transformers"], name).__module__.startswith("hf_xlstm")
     assert in_tree.xLSTMForCausalLM is not hf_xlstm.xLSTMForCausalLM
+    # in processes that import one or the other first
+    for first in ("import hf_xlstm", "import transformers", "import transformers.modeling_layers"):
+        code = f"{first}; import sys, transformers, hf_xlstm; held = transformers"
+        code += "; print(*(m.xLSTMForCausalLM.__module__ for m in (held, sys.modules['transformers'])))"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.split() == ["hf_xlstm.modeling_xlstm"] * 2
     assert transformers.models.xlstm.modeling_xlstm.xLSTMForCausalLM is in_tree.xLSTMForCausalLM
 
 

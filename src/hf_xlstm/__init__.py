@@ -2,6 +2,7 @@
 for the Auto classes and under their names in `transformers`."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -60,7 +61,7 @@ AutoModelForCausalLM.register(xLSTMConfig, xLSTMForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(xLSTMConfig, xLSTMForQuestionAnswering, exist_ok=True)
 AutoModelForSequenceClassification.register(xLSTMConfig, xLSTMForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(xLSTMConfig, xLSTMForTokenClassification, exist_ok=True)
-for _class in (
+_CLASSES = (
     xLSTMConfig,
     xLSTMForCausalLM,
     xLSTMForQuestionAnswering,
@@ -68,8 +69,12 @@ for _class in (
     xLSTMForTokenClassification,
     xLSTMModel,
     xLSTMPreTrainedModel,
-):
-    setattr(transformers, _class.__name__, _class)  # TRL and `transformers serve` look there
+)
+# TRL and `transformers serve` look there. While parts of it are imported, Transformers may put another module object
+# in its own place; who imported it before us has the old one.
+for _module in (transformers, sys.modules["transformers"]):
+    for _class in _CLASSES:
+        setattr(_module, _class.__name__, _class)
 
 # imported at their first use
 _LAZY = {"convert_checkpoint": ".conversion", "save_self_contained": ".hub"}

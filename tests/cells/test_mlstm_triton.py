@@ -201,7 +201,7 @@ def test_compiles_without_graph_breaks_for_any_length(monkeypatch, save_states):
 @pytest.mark.parametrize("scope", ["--quick", pytest.param("", marks=pytest.mark.slow)])
 def test_kernel_resources(scope):
     """In a process of its own: this one interprets."""
-    script = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
+    script = Path(__file__).parents[2] / "benchmarks/gpu/kernel_resources.py"
     command = [sys.executable, script, *scope.split()]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
