@@ -182,6 +182,21 @@ def test_files_of_another_export(models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights, tolerance", [("int8", 0.1), ("int4", 0.7)])
+def test_compressed_weights(runtime, weights, tolerance, tmp_path):
+    """Rounded, so not exact: at random weights, which are the worst case, but far from unrelated logits."""
+    pytest.importorskip("nncf", reason="compressed weights need hf-xlstm[export]")
+    model = tiny_model(**STACKS["conv"])
+    export_model(model, tmp_path / "exported", runtime, weights)
+    exported = xLSTMExportedForCausalLM.from_pretrained(tmp_path / "exported")
+    ids, mask = padded(2, 20)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    error = relative_error(exported(ids, attention_mask=mask).logits, expected)
+    assert TOLERANCE < error < tolerance
+
+
+@pytest.mark.slow
 def test_script_and_page(runtime, tmp_path, monkeypatch):
     """scripts/export.py as docs/export.md calls it, then the blocks of that page."""
     page = (ROOT / "docs/export.md").read_text(encoding="utf-8")

@@ -233,7 +233,8 @@ def _compress(program, weights: str):
         return nncf.compress_weights(program, mode=nncf.CompressWeightsMode.INT8_ASYM)
     smaller = nncf.GroupSizeFallbackMode.ADJUST  # groups, where 128 does not divide the width
     options = nncf.AdvancedCompressionParameters(group_size_fallback_mode=smaller)
-    return nncf.compress_weights(program, mode=nncf.CompressWeightsMode.INT4_ASYM, advanced_parameters=options)
+    # without zero points, which ONNX Runtime does not take as NNCF writes them
+    return nncf.compress_weights(program, mode=nncf.CompressWeightsMode.INT4_SYM, advanced_parameters=options)
 
 
 class _OpenVINOProgram:
