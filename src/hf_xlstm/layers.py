@@ -199,19 +199,18 @@ class CausalConv(nn.Conv1d):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        order = None
-        if mask is not None:  # unmasked tokens first
-            order = mask.logical_not().argsort(dim=1, stable=True)  # (B, T)
-            x = x.gather(1, order[..., None].expand_as(x))
+        place = None
+        if mask is not None:  # unmasked tokens first; no sort, which not everything that runs an exported graph knows
+            kept, others = mask.long(), (~mask).long()
+            place = torch.where(mask, kept.cumsum(1), kept.sum(1, keepdim=True) + others.cumsum(1)) - 1  # (B, T)
+            x = torch.zeros_like(x).scatter(1, place[..., None].expand_as(x), x)
         state = None if cache is None else cache.conv_state
         history = x.new_zeros(x.shape[0], self.kernel_size[0] - 1, x.shape[-1]) if state is None else state.to(x.dtype)
         window = torch.cat([history, x], dim=1)  # (B, k - 1 + T, D)
-        y = self._convolve(window, None if cu_seqlens is None else documents_of_tokens(cu_seqlens, order, x))
+        y = self._convolve(window, None if cu_seqlens is None else documents_of_tokens(cu_seqlens, place, x))
         if cache is not None:
             cache.update_conv_state(self._last_inputs(window, mask))
-        if order is not None:
-            y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
-        return y
+        return y if place is None else y.gather(1, place[..., None].expand_as(y))
 
     def _convolve(self, window: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
         """y (B, T, D) from window (B, k - 1 + T, D); `documents` (T,) keeps the taps inside a document."""
@@ -236,10 +235,11 @@ class CausalConv(nn.Conv1d):
         return window.gather(1, index[..., None].expand(-1, -1, window.shape[-1]))
 
 
-def documents_of_tokens(cu_seqlens: torch.Tensor, order: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """The number (T,) of the packed document of each token of the one row x (1, T, D), sorted by `order` (1, T)."""
-    token = torch.arange(x.shape[1], device=x.device) if order is None else order[0]
-    return torch.searchsorted(cu_seqlens[1:], token, right=True)
+def documents_of_tokens(cu_seqlens: torch.Tensor, place: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The number (T,) of the packed document of each token of the one row x (1, T, D), whose tokens have been moved to
+    `place` (1, T)."""
+    documents = torch.searchsorted(cu_seqlens[1:], torch.arange(x.shape[1], device=x.device), right=True)
+    return documents if place is None else torch.zeros_like(documents).scatter(0, place[0], documents)
 
 
 class SLSTMLayer(nn.Module):

@@ -241,7 +241,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         """All blocks over all tokens; without gradients over a piece of a long sequence at a time, to bound memory,
         unless the blocks' outputs are wanted `whole`."""
         length, size = hidden_states.shape[1], self.config.max_inference_chunksize
-        if length > size and cu_seqlens is None and not whole and not torch.is_grad_enabled():
+        whole = whole or torch.compiler.is_exporting()  # one graph serves all lengths
+        if not whole and length > size and cu_seqlens is None and not torch.is_grad_enabled():
             cache = xLSTMCache(self.config) if cache is None else cache
             pieces = []
             for start in range(0, length, size):

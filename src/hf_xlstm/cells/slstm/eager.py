@@ -342,7 +342,9 @@ def _exported(gates, recurrent_weight, bias, state: SLSTMState, mask, cu_seqlens
         new = tuple(torch.where(keep, x, y).contiguous() for x, y in zip(new, state, strict=True))  # strides as before
         return new, torch.where(keep, new[0], 0)
 
-    final_state, h = scan(step, tuple(x.contiguous() for x in state), gates_and_keep, dim=0)
+    # the zeros before the first token are parts of one tensor, but a loop's states must not share memory
+    state = tuple(x.clone(memory_format=torch.contiguous_format) for x in state)
+    final_state, h = scan(step, state, gates_and_keep, dim=0)
     return h.transpose(0, 1).to(gates.dtype), tuple(final_state)
 
 
