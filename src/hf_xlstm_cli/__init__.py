@@ -21,6 +21,7 @@ VERBS = {
     "convert": "convert a checkpoint of another xLSTM implementation, or back",
     "share": "publish a trained model on the Hub, with its code and its card",
     "serve": "answer over HTTP as OpenAI's API does",
+    "export": "write a model for OpenVINO or ONNX Runtime",
     "env": "versions, devices and implementations, for a bug report; --check tries generation",
 }
 SPIN_COUNT = "10000"
