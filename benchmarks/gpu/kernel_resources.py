@@ -204,9 +204,15 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([NVIDIA_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+# Bytes that a kernel may spill. The gradients of the scores keep the diagonal of G apart, which a closed forget gate
+# needs (its gradient was 1e-3 off in float32, now 3e-7), and hold three tiles of 128 x 128 in 255 registers. Ways to
+# take fewer were tried: other orders of the sums, 32-bit offsets, two stages; none took less.
+SPILLS = {"score_gradient_kernel": 64}
+
+
 def violations(item: Launch, architecture: str, report: dict[str, int]) -> list[str]:
     found = []
-    if report["spill"]:
+    if report["spill"] > SPILLS.get(item.kernel.__name__, 0):
         found.append(f"spills {report['spill']} bytes")
     if report["shared"] > ARCHITECTURES[architecture].shared_memory:
         found.append(f"takes {report['shared']} bytes of shared memory")
