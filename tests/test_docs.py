@@ -26,6 +26,7 @@ RUN = ("generation", "finetuning", "packing", "parallelism", "checkpoints", "sha
 PAGES = ["README.md", *(f"docs/{name}.md" for name in RUN)]
 # without such blocks, or with those of training, which test_train.py runs at small size
 READ = [
+    "docs/export.md",
     "CONTRIBUTING.md",
     "RELEASE.md",
     "SECURITY.md",

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-import transformers
+import transformers.models.xlstm.modeling_xlstm as in_tree
 from common import MIXED, SLSTM, VOCAB_SIZE, relative_error, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file
 
@@ -27,7 +27,7 @@ def pair(directory, **fields):
     """A model of ours, and the same read by Transformers' class from what it saved."""
     ours = tiny_model(**(SIZES | fields))
     ours.save_pretrained(directory)
-    theirs = transformers.xLSTMForCausalLM.from_pretrained(directory)
+    theirs = in_tree.xLSTMForCausalLM.from_pretrained(directory)
     assert type(theirs) is not type(ours)
     return ours, theirs.eval()
 
@@ -91,7 +91,7 @@ def test_gradients(variant, tmp_path):
 def test_their_checkpoint_in_our_class(tmp_path):
     torch.manual_seed(0)
     config = tiny_config(**SIZES).to_dict()
-    theirs = transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**config)).eval()
+    theirs = in_tree.xLSTMForCausalLM(in_tree.xLSTMConfig(**config)).eval()
     for parameter in theirs.parameters():
         parameter += 0.2 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_mixed_checkpoint_is_refused_by_their_class(cls, layer_types, tmp_path):
     """Loudly: it would start what it does not know at random."""
     tiny_model(layer_types=layer_types, num_hidden_layers=len(layer_types)).save_pretrained(tmp_path)
     with pytest.raises(Exception, match="layer_types"):
-        getattr(transformers, cls).from_pretrained(tmp_path)
+        getattr(in_tree, cls).from_pretrained(tmp_path)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-import transformers
+import transformers.models.xlstm.modeling_xlstm as in_tree
 from common import MIXED, MLSTM, STACKS, assert_same_states, relative_error, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -50,7 +50,7 @@ def test_checkpoint(layer_types, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
     with pytest.raises(Exception, match=r"gate_soft_cap|layer_types"):
-        transformers.xLSTMForCausalLM.from_pretrained(tmp_path)
+        in_tree.xLSTMForCausalLM.from_pretrained(tmp_path)
 
 
 def test_large_models_are_written_without_fields_of_the_paper(tmp_path):

@@ -558,7 +558,7 @@ def mlstm_step_torch(
     # float64: next to an m of 1e5, float32 would lose what the forget gate takes away
     igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach().double()
     m_new = stabilizer(kept, igate)
-    forget = torch.exp((kept - m_new).to(m.dtype))[..., None]
+    forget = torch.exp((kept - m_new).clamp_max(1).to(m.dtype))[..., None]
     k = k * torch.exp(igate - m_new)[..., None]
     if inplace:
         n.mul_(forget).add_(k)

@@ -55,7 +55,8 @@ def mlstm_recurrent_step(
     q, k, v, igate, fgate = (x.to(c.dtype) for x in (q, k, v, igate, fgate))
     kept = log_forget_gate(fgate) + m.detach().double()  # next to an m of 1e5, float32 would lose log f
     m_new = stabilizer(kept, igate)
-    f = torch.exp((kept - m_new).to(m.dtype))
+    # above 0 by what m_new was rounded by; far beyond the range of gates that may be more than exp can hold
+    f = torch.exp((kept - m_new).clamp_max(1).to(m.dtype))
     i = torch.exp(igate - m_new)
     c = f[..., None, None] * c + (i[..., None] * k)[..., None] * v[..., None, :]
     n = f[..., None] * n + i[..., None] * k

@@ -7,7 +7,7 @@ The kernels are registered as three operators that torch.compile sees as black b
 import torch
 
 from .. import triton_common as common
-from ..numerics import first_derivatives_only, no_transforms
+from ..numerics import first_derivatives_only, no_transforms, without_autocast
 from . import triton_launch as launch
 from .reference import SLSTMState, zero_slstm_state
 
@@ -69,7 +69,8 @@ def slstm_backward(
     )
     before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
-    d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before).contiguous()
+    with without_autocast(h.device):
+        d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before).contiguous()
     # c0 / n0 went in, except where no step was taken and c0, n0 themselves came out
     scale = torch.where(touched[:, None, None], torch.where(n0 == 0, 0, 1 / n0), 1)
     return dgates, d_weight, dgates.sum((0, 1), dtype=torch.float32), dh0, dc0 * scale, dn0 * scale
@@ -116,6 +117,11 @@ slstm_backward.register_autograd(lambda *_: first_derivatives_only("slstm", "tri
 slstm_forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _known_dtypes(*parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The kernels know no float64."""
+    return tuple(x.float() if x.dtype == torch.float64 else x for x in parameters)
+
+
 def slstm_triton(
     gates: torch.Tensor,
     recurrent_weight: torch.Tensor,
@@ -130,7 +136,7 @@ def slstm_triton(
     no_transforms("slstm", "triton")
     if initial_state is None:
         initial_state = zero_slstm_state(gates, gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    inputs = (gates, recurrent_weight, bias, *initial_state)
+    inputs = (gates, *_known_dtypes(recurrent_weight, bias), *initial_state)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     h, *final_state, _, _ = slstm_forward(*inputs, mask, cu_seqlens, save)
     return h, tuple(final_state) if output_final_state else None
@@ -181,7 +187,7 @@ def slstm_step_triton(
     twice. Raises ValueError unless `inplace`.
     """
     if inplace:
-        return slstm_step_inplace(gates, recurrent_weight, bias, *state, state_indices), state
+        return slstm_step_inplace(gates, *_known_dtypes(recurrent_weight, bias), *state, state_indices), state
     if state_indices is not None:
         raise ValueError("`state_indices` needs inplace=True: a pool of states is updated, not copied.")
     h, state = slstm_triton(gates[:, None], recurrent_weight, bias, initial_state=state, output_final_state=True)
