@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from common import MIXED, STACKS, assert_same_states, relative_error, tiny_model, tokens
-from train import train_tokenizer
 
 from hf_xlstm import xLSTMCache
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 from hf_xlstm.export import (
     FORMATS,
     empty_state,

@@ -80,6 +80,9 @@ def refuse_unknown(arguments: dict) -> None:
     number, unless Transformers passes it to every model. A cache or a mask under a name that `forward` does not know
     must not vanish: a model that forgets its state still writes fluent text."""
     for name, value in arguments.items():
+        if name == "kwargs" and isinstance(value, dict):  # what pipeline parallelism makes of `**kwargs`
+            refuse_unknown(value)
+            continue
         if name in PASSED_TO_EVERY_MODEL or value is None or isinstance(value, (bool, int, float, str)):
             continue
         raise TypeError(
