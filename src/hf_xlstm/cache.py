@@ -126,7 +126,8 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
     def update(self, state: tuple[torch.Tensor, ...]) -> None:
         """Stores the cell's state after the last token."""
         for index, x in enumerate(state):
-            self.update_recurrent_state(x, index)
+            if x is not self.recurrent_states[index]:  # else the step has written into it
+                self.update_recurrent_state(x, index)
 
     def record(self, layer: Callable, inputs: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Keeps what it takes to undo a part of `layer(inputs, cache=self, mask=mask)`; called before it if
@@ -196,7 +197,8 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
     def leave_inference_mode(self) -> None:
         """Replaces tensors made under `torch.inference_mode`, which nothing outside of it may write to or
         differentiate, by copies."""
-        if any(x.is_inference() for x in self.tensors().values()):
+        states = (*self.recurrent_states.values(), *self.conv_states.values())
+        if any(x is not None and x.is_inference() for x in states):
             self._map(torch.clone)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -283,7 +285,7 @@ class xLSTMCache(Cache):
     @property
     def batch_size(self) -> int:
         """-1 before the first token. A pipeline stage fills the layers of its own blocks only."""
-        return max(layer.batch_size for layer in self.layers)
+        return next((size for size in (layer.batch_size for layer in self.layers) if size != -1), -1)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

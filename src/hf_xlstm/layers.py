@@ -149,9 +149,9 @@ class MLSTMLayer(nn.Module):
         )
         gates = gate_dtype(q.dtype)
         h, state = mlstm(
-            q.unflatten(-1, (-1, self.qk_head_dim)),  # (B, T, H, K)
-            k.unflatten(-1, (-1, self.qk_head_dim)),
-            v.unflatten(-1, (-1, self.v_head_dim)),  # (B, T, H, V)
+            torch.unflatten(q, -1, (-1, self.qk_head_dim)),  # (B, T, H, K)
+            torch.unflatten(k, -1, (-1, self.qk_head_dim)),
+            torch.unflatten(v, -1, (-1, self.v_head_dim)),  # (B, T, H, V)
             soft_cap(igate.to(gates), self.gate_soft_cap),  # (B, T, H)
             soft_cap(fgate.to(gates), self.gate_soft_cap),
             **cell_options(cache, mask, cu_seqlens),

@@ -45,7 +45,8 @@ def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     if packed is not None and packed.in_use:
         joint = packed.find(x, layers)
         if joint is not None:
-            return _onednn(x, joint.weight, joint.bias).split_with_sizes(joint.sizes, dim=-1)
+            y = _onednn(x, joint.weight, joint.bias)
+            return y.split_with_sizes(joint.sizes, dim=-1) if len(layers) > 1 else (y,)
     return [_linear(x, layer) for layer in layers]
 
 
@@ -61,15 +62,18 @@ def is_watched(*inputs: torch.Tensor) -> bool:
     """Whether someone may see or change each call of a layer or an operator: a compiler or tracer, a transform of
     torch.func, forward-mode differentiation, autocast, a mode (FLOP counters, fake tensors), a global hook, a
     subclass of tensor as input, or a replacement of PyTorch's own functions."""
+    if torch.compiler.is_compiling():
+        return True
+    for x in inputs:
+        if type(x) is not torch.Tensor or x.is_meta or torch.is_autocast_enabled(x.device.type):
+            return True
     return (
-        torch.compiler.is_compiling()
-        or any(type(x) is not torch.Tensor or x.is_meta or torch.is_autocast_enabled(x.device.type) for x in inputs)
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
         or bool(_has_any_global_hook())
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or F.linear is not LINEAR
         or nn.Linear.forward is not LINEAR_FORWARD
     )
@@ -82,14 +86,9 @@ def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
     x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
-        type(layer) is nn.Linear
+        _is_bare(layer)
         and x.ndim > 1
         and x.numel() > 0
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-        and vars(layer).keys().isdisjoint(("forward", "weight", "bias"))
         and type(weight) is nn.Parameter
         and weight.dtype == x.dtype
         and weight.device == x.device
@@ -97,6 +96,19 @@ def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
             (bias is None and "bias" in layer._parameters)
             or (type(bias) is nn.Parameter and bias.dtype == x.dtype and bias.device == x.device)
         )
+    )
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a call of the layer does what `nn.Linear` does, and nothing else."""
+    own = layer.__dict__
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and not ("forward" in own or "weight" in own or "bias" in own)
     )
 
 
@@ -179,6 +191,17 @@ class _Source(NamedTuple):
     address: int
     checksum: torch.Tensor
 
+    @classmethod
+    def of(cls, parameter: nn.Parameter | None) -> "_Source | None":
+        if parameter is None:
+            return None
+        return cls(parameter, parameter._version, parameter.data_ptr(), _checksum(parameter))
+
+    def is_unchanged(self, parameter: nn.Parameter | None) -> bool:
+        """Whether this is the parameter that was copied, and no operation has written to it since."""
+        copied, version, address, _ = self
+        return parameter is copied and copied._version == version and copied.data_ptr() == address
+
 
 class _JointWeight(NamedTuple):
     """The prepacked weights of layers with the same input, one below the other."""
@@ -186,7 +209,7 @@ class _JointWeight(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     sizes: list[int]  # output features of each layer
-    sources: list[_Source]
+    sources: list[tuple[_Source, _Source | None]]  # weight and bias of each layer
 
     @classmethod
     @torch.no_grad()
@@ -196,25 +219,23 @@ class _JointWeight(NamedTuple):
         if any(layer.bias is not None for layer in layers):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
-        sources = [
-            _Source(p, p._version, p.data_ptr(), _checksum(p))
-            for layer in layers
-            for p in (layer.weight, layer.bias)
-            if p is not None
-        ]
+        sources = [(_Source.of(layer.weight), _Source.of(layer.bias)) for layer in layers]
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         return cls(weight, bias, [len(layer.weight) for layer in layers], sources)
 
-    def is_copy_of(self, parameters: Sequence[nn.Parameter], by_content: bool) -> bool:
-        """Whether these still are the parameters that were copied, and no operation on them has written to them since;
-        with `by_content` also, whether their checksums are the same."""
-        return all(
-            source.parameter is p
-            and source.version == p._version
-            and source.address == p.data_ptr()
-            and (not by_content or torch.equal(source.checksum, _checksum(p)))
-            for source, p in zip(self.sources, parameters, strict=True)
-        )
+    def is_current(self, layers: Sequence[nn.Module], by_content: bool) -> bool:
+        """Whether the layers still are plain and hold what was copied, to which no operation has written since; with
+        `by_content` also, whether the checksums are the same."""
+        for layer, (weight, bias) in zip(layers, self.sources):
+            own = layer._parameters
+            if not (_is_bare(layer) and weight.is_unchanged(own.get("weight"))):
+                return False
+            if not (own.get("bias") is None if bias is None else bias.is_unchanged(own.get("bias"))):
+                return False
+        if by_content:
+            sources = (source for pair in self.sources for source in pair if source is not None)
+            return all(torch.equal(source.checksum, _checksum(source.parameter)) for source in sources)
+        return True
 
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
@@ -259,19 +280,21 @@ class PackedWeights:
             self.checked.clear()  # an optimizer may follow, and PyTorch does not count the writes of fused ones
             return None
         rows = x.numel() // x.shape[-1]
-        if not ONEDNN or not x.is_cpu or rows > MAX_DECODING_ROWS or not all(is_plain(layer, x) for layer in layers):
+        if not ONEDNN or not x.is_cpu or x.ndim < 2 or not 0 < rows <= MAX_DECODING_ROWS:
             return None
         if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
             return None  # a single row times a single float32 matrix gains nothing
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        if any(p.is_inference() for p in parameters):
-            return None  # PyTorch counts nothing that is written to them
         key = tuple(map(id, layers))
         joint = self.joint.get(key)
-        if joint is None or not joint.is_copy_of(parameters, by_content=key not in self.checked):
+        fits = joint is not None and joint.weight.dtype == x.dtype
+        if not fits or not joint.is_current(layers, by_content=key not in self.checked):
             self.joint.pop(key, None)
             if x.shape[-2] > 1:
                 return None  # a prompt: the next step makes a copy, in the layout for its number of rows
+            if not all(is_plain(layer, x) for layer in layers):
+                return None
+            if any(p is not None and p.is_inference() for layer in layers for p in layer._parameters.values()):
+                return None  # PyTorch counts nothing that is written to them
             joint = self.joint[key] = _JointWeight.of(layers, rows)
         self.checked.add(key)
         return joint

@@ -16,7 +16,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return _RMSNorm.apply(x, weight, eps)[0]
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
+    x32 = _wide(x)
+    if x.is_cpu:  # PyTorch has no kernel of its own for it there, and its operations take twice as long as these
+        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return (x32 * rstd).to(x.dtype) * weight
+    return F.rms_norm(x32, x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

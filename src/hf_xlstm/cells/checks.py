@@ -14,7 +14,7 @@ def slstm_state_shapes(rows: int, heads: int, head_dim: int) -> dict[str, tuple[
 
 
 def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(x.shape)}.")
     if x.device != device:
         raise ValueError(f"`{name}` must be on {device} like the other inputs, got {x.device}.")

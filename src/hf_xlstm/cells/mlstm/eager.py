@@ -147,9 +147,11 @@ def _finite(m: torch.Tensor) -> torch.Tensor:
 
 
 def _denominator(s: torch.Tensor, m: torch.Tensor, eps: float) -> torch.Tensor:
-    """What h is divided by. Where it underflows it is infinite, and h and its gradients are 0."""
+    """What h is divided by. Where it underflows, as it can without eps, it is infinite, and h and its gradients are
+    0."""
     denominator = torch.maximum(s.abs(), torch.exp(-m)).add_(eps)
-    return denominator.masked_fill_(denominator < torch.finfo(s.dtype).tiny, torch.inf)
+    tiny = torch.finfo(s.dtype).tiny
+    return denominator if eps >= tiny else denominator.masked_fill_(denominator < tiny, torch.inf)
 
 
 def _to_chunks(x: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -558,17 +560,17 @@ def mlstm_step_torch(
     # float64: next to an m of 1e5, float32 would lose what the forget gate takes away
     igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach().double()
     m_new = stabilizer(kept, igate)
-    forget = torch.exp((kept - m_new).clamp_max(1).to(m.dtype))[..., None]
-    k = k * torch.exp(igate - m_new)[..., None]
+    forget = torch.exp((kept - m_new).clamp_max(1).to(m.dtype)).unsqueeze(-1)
+    k = k * torch.exp(igate - m_new).unsqueeze(-1)
     if inplace:
         n.mul_(forget).add_(k)
-        c.mul_(forget[..., None]).addcmul_(k[..., None], v[..., None, :])
+        c.mul_(forget.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
         m.copy_(m_new)
     else:
         n = torch.addcmul(k, n, forget)
-        c = torch.addcmul(k[..., None] * v[..., None, :], c, forget[..., None])
+        c = torch.addcmul(k.unsqueeze(-1) * v.unsqueeze(-2), c, forget.unsqueeze(-1))
         m = m_new
     q = q.to(m.dtype) * scale
     denominator = _denominator((q * n).sum(-1), m_new, eps)
-    h = (q[..., None, :] @ c).squeeze(-2) / denominator[..., None]
+    h = (q.unsqueeze(-2) @ c).squeeze(-2) / denominator.unsqueeze(-1)
     return h.to(v.dtype), (c, n, m)
