@@ -1,10 +1,16 @@
-"""For all tests: one thread per process, kernels that are interpreted where there is no GPU, and poisoned memory."""
+"""For all tests: one thread per process, kernels that are interpreted where there is no GPU, poisoned memory, and
+caches of Hugging Face's libraries in a folder of their own."""
 
 import os
+import tempfile
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are many and small, and run side by side; before torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
+
+# A GPU's verdicts on kernels (cells/selfcheck.py) would else go to, or come from, the user's cache.
+_home = tempfile.TemporaryDirectory(prefix="hf_xlstm-tests-")
+os.environ["HF_HOME"] = _home.name
 
 import pytest
 import torch

@@ -24,12 +24,13 @@ from benchmarks.provenance import seconds, significant
 
 
 PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-STEPS = 32  # enough for prepacked weights to be in use afterwards
+STEPS = 32
 
 
 @torch.no_grad()
 def measure(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = build(HF_XLSTM, size, DTYPES[dtype])
+    model.pack_for_decoding()
     cache = xLSTMCache(model.config)
     ids = random_tokens(1, length)
 

@@ -49,6 +49,8 @@ class Decoder:
     def __init__(self, peer: str, model: PreTrainedModel, prompt: torch.Tensor):
         self.model = model
         self.argument = cache_argument(peer)
+        if peer == HF_XLSTM:
+            model.pack_for_decoding()  # as `generate` does while it runs
         # two tokens, so that `generate` has prepared whatever it prepares for decoding
         outputs = model.generate(prompt, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
         self.cache = cache_of(outputs)
@@ -166,7 +168,14 @@ def context(size: str, dtype: str, lengths: list[int], args: argparse.Namespace)
 def memory(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(prefill_turn, size=size, dtype=dtype, length=length)
-    return {"errors": errors, "peers": {peer: peak_memory(start, peer) for peer in args.peers}}
+    peers = {peer: peak_memory(start, peer) for peer in args.peers}
+    return {"errors": errors, "packed_megabytes": packed_megabytes(size, dtype), "peers": peers}
+
+
+def packed_megabytes(size: str, dtype: str) -> int:
+    """The prepacked copy of the weights that a model of ours decodes from; in memory before the measured turn."""
+    decoder = Decoder(HF_XLSTM, build(HF_XLSTM, size, DTYPES[dtype]), random_tokens(1, PROMPT_LENGTH))
+    return round(decoder.model.packed_nbytes / 1e6)
 
 
 def rows(quick: bool) -> dict[str, Measure]:

@@ -55,10 +55,7 @@ def engine_turn(size: str, requests: int, context: int) -> Turn:
 
 
 def static_turn(peer: str, size: str, requests: int, context: int) -> Turn:
-    model = build(peer, size, torch.float32)
-    if peer == HF_XLSTM:
-        model.pack_for_decoding()
-    decoder = Decoder(peer, model, random_tokens(requests, context))
+    decoder = Decoder(peer, build(peer, size, torch.float32), random_tokens(requests, context))
     decoder.decode(4)
     return decoder.decode
 
