@@ -59,7 +59,9 @@ class Layers(PackedWeightsMixin, nn.Module):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    """Small products, and bfloat16 instructions whatever the processor has."""
     monkeypatch.setattr(linear, "MIN_SIZE", 0)
+    monkeypatch.setattr(linear, "NO_BFLOAT16", False)
 
 
 @pytest.fixture
@@ -131,6 +133,30 @@ def test_other_dtypes_take_the_usual_way(dtype, products):
 
 
 # ---- derivatives of every kind
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [linear.MIN_WIDENED_ROWS - 1, linear.MIN_WIDENED_ROWS])
+@pytest.mark.parametrize("instructions", [False, True])
+def test_bfloat16_of_processors_without_it(instructions, rows, bias, products, monkeypatch):
+    """Many rows are multiplied in float32; results and gradients are bfloat16, and as exact as PyTorch's."""
+    monkeypatch.setattr(linear, "NO_BFLOAT16", not instructions)
+    layer = nn.Linear(24, 7, bias=bias).bfloat16()
+    x, dy = inputs(rows, 24, dtype=torch.bfloat16).requires_grad_(), inputs(rows, 7, dtype=torch.bfloat16, seed=1)
+    parameters = [x, *layer.parameters()]
+    exact = [p.detach().double().requires_grad_() for p in parameters]
+    expected = F.linear(*exact)
+    (y,) = joint_linear(x, layer)
+    assert [weight.dtype for weight in products] == [torch.float32] * (rows >= 16 and not instructions)
+    grads = torch.autograd.grad(y, parameters, dy)
+    for actual, wanted in zip(
+        (y, *grads), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True
+    ):
+        assert actual.dtype == torch.bfloat16 and actual.shape == wanted.shape
+        assert relative_error(actual, wanted) < 2**-8
+    with torch.no_grad():
+        assert torch.equal(joint_linear(x, layer)[0], y)
 
 
 def test_second_derivatives():
@@ -433,6 +459,32 @@ def test_joint_product_of_prepacked_weights(dtype, rows, products):
     assert model.packed_nbytes == 0
     model(x)
     assert not any(weight.is_mkldnn for weight in products)
+
+
+@torch.no_grad()
+@needs_onednn
+def test_prepacked_bfloat16_of_processors_without_it(monkeypatch):
+    """Several rows are multiplied by a copy in float32, one row by one in bfloat16. The first step of a call decides,
+    so that requests that come and go do not have it made again and again."""
+    monkeypatch.setattr(linear, "NO_BFLOAT16", True)
+    model = Layers(torch.bfloat16)
+    exact, narrow = copy.deepcopy(model).double(), weight_bytes(model) + 80
+
+    def packed_after(*shape):
+        x = inputs(*shape, 24, dtype=torch.bfloat16)
+        assert relative_error(model(x), exact.plain(x.double())) < 1e-2
+        return model.packed_nbytes
+
+    model.pack_for_decoding()
+    assert packed_after(1, 1) == narrow
+    assert packed_after(1, 5) == narrow  # a prompt
+    assert packed_after(3, 1) == 2 * narrow
+    assert packed_after(1, 5) == packed_after(1, 1) == 2 * narrow
+    model.pack_for_decoding()
+    assert packed_after(1, 1) == narrow
+    for layer in model.children():  # not `to`, which drops the copy
+        layer.float()
+    assert model(inputs(1, 1, 24)).dtype == torch.float32
 
 
 @needs_onednn

@@ -3,7 +3,8 @@
 The layers of a block call their `nn.Linear` children through `joint_linear` and `recompute_linear`, which do up to
 three things that `layer(x)` does not:
 
-1. On x86 CPUs PyTorch multiplies float32 matrices by MKL. oneDNN is as fast or faster there, and is asked instead.
+1. On x86 CPUs PyTorch multiplies float32 matrices by MKL. oneDNN is as fast or faster there, and is asked instead;
+   also for bfloat16 matrices where the processor has no instructions for them.
 2. Decoding on such a CPU reads every weight for each token. `PackedWeights`, one copy per model, holds the weights of
    layers with the same input side by side in the layout that oneDNN prefers (*prepacked*), for one product instead of
    up to six. `generate` uses it by itself, other code from `model.pack_for_decoding()` to `model.unpack()`.
@@ -16,7 +17,6 @@ both functions call the layer.
 
 import contextlib
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,10 +26,15 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .cells.numerics import NO_BFLOAT16, X86
 
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+ONEDNN = torch.backends.mkldnn.is_available() and X86
 # Numbers in a float32 weight below which the call takes longer than the product, and MKL is as good.
 MIN_SIZE = 2**16
+# Rows from which on a product of bfloat16 numbers is faster in float32, conversions included, if there are no
+# instructions for bfloat16.
+MIN_WIDENED_ROWS = 16
 # Products of more rows gain little from prepacked weights.
 MAX_DECODING_ROWS = 64
 # What `nn.Linear` does unless someone, such as a counter of FLOPs, replaces it.
@@ -45,7 +50,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     if packed is not None and packed.in_use:
         joint = packed.find(x, layers)
         if joint is not None:
-            y = _onednn(x, joint.weight, joint.bias)
+            y = joint.product(x)
             return y.split_with_sizes(joint.sizes, dim=-1) if len(layers) > 1 else (y,)
     return [_linear(x, layer) for layer in layers]
 
@@ -120,17 +125,31 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return ONEDNN and x.is_cpu and x.dtype == torch.float32 and weight.numel() >= MIN_SIZE
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias by the faster library, without autograd."""
+    if not _pytorch_is_slower(x, weight):
+        return F.linear(x, weight, bias)
+    if x.dtype == torch.float32:
+        return _onednn(x, weight, bias)
+    return _onednn(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _pytorch_is_slower(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN in float32 takes less time than PyTorch's own product x @ weight.T."""
+    if not (ONEDNN and x.is_cpu and weight.numel() >= MIN_SIZE):
+        return False
+    if x.dtype == torch.bfloat16:
+        return NO_BFLOAT16 and x.numel() >= MIN_WIDENED_ROWS * x.shape[-1]
+    return x.dtype == torch.float32
 
 
 def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN. Nobody is watching."""
-    if not is_plain(layer, x) or not _onednn_is_faster(x, layer.weight):
+    """layer(x), of a plain `nn.Linear` by the faster library. Nobody is watching."""
+    if not is_plain(layer, x) or not _pytorch_is_slower(x, layer.weight):
         return layer(x)
     if torch.is_grad_enabled():
         return _RecomputeLinear.apply(_identity, layer.weight, layer.bias, x)
-    return _onednn(x, layer.weight, layer.bias)
+    return _product(x, layer.weight, layer.bias)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
@@ -146,8 +165,7 @@ class _RecomputeLinear(torch.autograd.Function):
     def forward(ctx, function, weight, bias, *inputs):
         ctx.function = function
         ctx.save_for_backward(weight, bias, *inputs)
-        product = _onednn if _onednn_is_faster(inputs[0], weight) else F.linear
-        return product(function(*inputs), weight, bias)
+        return _product(function(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -166,15 +184,14 @@ class _RecomputeLinear(torch.autograd.Function):
             grads = iter(torch.autograd.grad(y, needed, dy, create_graph=create_graph))
             return None, *(next(grads) if need else None for need in ctx.needs_input_grad[1:])
 
-        product = _onednn if _onednn_is_faster(dy, weight) else F.linear
         dweight = dbias = None
         dinputs = iter(())
         if needed_inputs:
-            dinputs = iter(torch.autograd.grad(x, needed_inputs, product(dy, weight.t())))
+            dinputs = iter(torch.autograd.grad(x, needed_inputs, _product(dy, weight.t())))
         x, dy = x.detach().flatten(0, -2), dy.flatten(0, -2)
         if need_weight:  # faster with the longer side of the result in its rows
             wide = weight.shape[0] > weight.shape[1]
-            dweight = product(x.t(), dy.t()).t().contiguous() if wide else product(dy.t(), x.t())
+            dweight = _product(x.t(), dy.t()).t().contiguous() if wide else _product(dy.t(), x.t())
         if need_bias:
             dbias = dy.sum(0)
         return None, dweight, dbias, *(next(dinputs) if need else None for need in need_inputs)
@@ -208,6 +225,7 @@ class _JointWeight(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    dtype: torch.dtype  # of the layers; the copy is float32 where that is faster
     sizes: list[int]  # output features of each layer
     sources: list[tuple[_Source, _Source | None]]  # weight and bias of each layer
 
@@ -220,8 +238,17 @@ class _JointWeight(NamedTuple):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
         sources = [(_Source.of(layer.weight), _Source.of(layer.bias)) for layer in layers]
+        dtype = weight.dtype
+        if _float32_is_faster(dtype, rows):
+            weight, bias = weight.float(), None if bias is None else bias.float()
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return cls(weight, bias, [len(layer.weight) for layer in layers], sources)
+        return cls(weight, bias, dtype, [len(layer.weight) for layer in layers], sources)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T + bias in the dtype of x."""
+        if self.weight.dtype == x.dtype:
+            return _onednn(x, self.weight, self.bias)
+        return _onednn(x.float(), self.weight, self.bias).to(x.dtype)
 
     def is_current(self, layers: Sequence[nn.Module], by_content: bool) -> bool:
         """Whether the layers still are plain and hold what was copied, to which no operation has written since; with
@@ -236,6 +263,11 @@ class _JointWeight(NamedTuple):
             sources = (source for pair in self.sources for source in pair if source is not None)
             return all(torch.equal(source.checksum, _checksum(source.parameter)) for source in sources)
         return True
+
+
+def _float32_is_faster(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a product of prepacked weights should be in float32, with a copy that takes twice the memory."""
+    return NO_BFLOAT16 and dtype == torch.bfloat16 and rows > 1
 
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
@@ -255,7 +287,10 @@ class PackedWeights:
     layer by layer. A part that is no copy of the weights any more is dropped and made anew. Operations that write to a
     parameter are noticed at once. Writes that PyTorch does not count (through `parameter.data`, NumPy, a fused
     optimizer) are found by checksums, which are compared once in each call of `generate`, and once after
-    `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without."""
+    `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without.
+
+    On a processor without bfloat16 the copy of a bfloat16 model is float32, twice as large, once several sequences
+    take a step together."""
 
     def __init__(self):
         self.joint: dict[tuple[int, ...], _JointWeight] = {}  # by the ids of the layers
@@ -285,11 +320,18 @@ class PackedWeights:
         if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
             return None  # a single row times a single float32 matrix gains nothing
         key = tuple(map(id, layers))
-        joint = self.joint.get(key)
-        fits = joint is not None and joint.weight.dtype == x.dtype
-        if not fits or not joint.is_current(layers, by_content=key not in self.checked):
+        joint, is_step = self.joint.get(key), x.shape[-2] == 1
+        is_current = joint is not None and joint.dtype == x.dtype
+        if is_current and NO_BFLOAT16 and x.dtype == torch.bfloat16:
+            # a call decides between the two kinds of copies by its first step, and for float32 also later
+            is_wide, should_be = joint.weight.dtype == torch.float32, _float32_is_faster(x.dtype, rows)
+            if is_step:
+                is_current = is_wide == should_be or (is_wide and key in self.checked)
+            elif should_be and not is_wide:
+                return None
+        if not is_current or not joint.is_current(layers, by_content=key not in self.checked):
             self.joint.pop(key, None)
-            if x.shape[-2] > 1:
+            if not is_step:
                 return None  # a prompt: the next step makes a copy, in the layout for its number of rows
             if not all(is_plain(layer, x) for layer in layers):
                 return None
@@ -315,7 +357,8 @@ class PackedWeightsMixin:
     """The methods of a model about its `PackedWeights`."""
 
     #: Whether `generate` may, on a CPU, decode from a prepacked copy of the linear weights, which is kept for the next
-    #: calls and takes as much memory as they do. It does so where the copy fits into a quarter of the memory.
+    #: calls and takes as much memory as they do (twice as much for several sequences at once in bfloat16, where the
+    #: processor lacks that). It does so where the weights fit into a quarter of the memory.
     pack_in_generate: bool = True
 
     def pack_for_decoding(self) -> None:

@@ -20,6 +20,7 @@ from mlstm_oracle import (
 from oracle import BF16, DEVICE, F16, F32, F64, INF, MASKS, SAME, double, on
 from torch.utils.checkpoint import checkpoint
 
+from hf_xlstm.cells import numerics
 from hf_xlstm.ops import mlstm, mlstm_step
 
 
@@ -111,6 +112,13 @@ def check_gates(gates, length, backend, dtype, alone=False):
 @pytest.mark.parametrize("gates", GATES)
 def test_gate_regimes(gates, backend, dtype):
     check_gates(gates, 70, backend, dtype)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("instructions", [False, True])
+def test_processors_with_and_without_bfloat16(instructions, gates, monkeypatch):
+    monkeypatch.setattr(numerics, "NO_BFLOAT16", not instructions)
+    check_gates(gates, 70, "torch", BF16)
 
 
 @on("torch", "triton", "on chip", dtypes=(F64, F32))

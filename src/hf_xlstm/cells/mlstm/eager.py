@@ -11,8 +11,8 @@ contribution. So all states come from one small matrix product, and no loop runs
 Sums of log f and of input gates are kept in two parts, of which one is a whole number: next to a gate of 1e5, float32
 could not tell tokens apart that compete. An exactly closed forget gate (log f = -inf) is a reset, not a NaN.
 
-Products run in the input dtype, except the scores q k^T: they also make up the normalizer, where they cancel. Gates,
-states, sums and denominators are float32, or float64 for float64 input.
+Products run in the input dtype (float32 on processors without bfloat16), except the scores q k^T: they also make up
+the normalizer, where they cancel. Gates, states, sums and denominators are float32, or float64 for float64 input.
 """
 
 import functools
@@ -28,6 +28,7 @@ from ..numerics import (
     is_legacy_batched,
     is_readable,
     log_forget_gate,
+    product_dtype,
     without_autocast,
 )
 from ..slots import step_in_slots
@@ -190,7 +191,7 @@ class _Chunks(NamedTuple):
 
     @classmethod
     def of(cls, q, k, v, log_f, igate, c0, n0, m0, order, scale: float, chunk_size: int, peak=None) -> "_Chunks":
-        dtype, gates = q.dtype, gate_dtype(q.dtype)
+        dtype, gates = product_dtype(q), gate_dtype(q.dtype)
         q, k, v, log_f, igate = (_to_chunks(x, chunk_size) for x in (q, k, v, log_f, igate))
         q, k, v = torch.mul(q.to(gates), scale).contiguous(), k.to(gates).contiguous(), v.contiguous()
         weights = Weights.of(log_f, igate, m0, order, peak)
@@ -281,7 +282,7 @@ class _Chunkwise(torch.autograd.Function):
             denominator = _denominator(s, x.weights.m, eps)
             scores.div_(denominator[..., None, :])
             q_state = x.q * (from_state / denominator)[..., None]
-            h = _bmm_add(scores.mT, x.v, q_state, x.c_before, q.dtype).view_as(x.v)
+            h = _bmm_add(scores.mT, x.v, q_state, x.c_before, product_dtype(q)).view_as(x.v)
             c, n = _scan_states(x.weights, order, order.final, x.c_chunk, x.n_chunk, c0, n0)
             m_final = x.weights.m_state.index_select(-1, order.final)
         return _from_chunks(h, v.dtype), c, n, m_final, s, x.weights.peak
@@ -324,7 +325,7 @@ class _ChunkwiseGradient(torch.autograd.Function):
     def forward(dh, dc_final, dn_final, q, k, v, log_f, igate, c0, n0, m0, h, s, peak, order, scale, eps, chunk_size):
         with without_autocast(q.device):
             x = _Chunks.of(q, k, v, log_f, igate, c0, n0, m0, order, scale, chunk_size, peak)
-            bmm = lambda a, b: _bmm(a, b, q.dtype)  # noqa: E731
+            bmm = lambda a, b: _bmm(a, b, product_dtype(q))  # noqa: E731
             in_chunk, from_state, into_state = (
                 x.weights.in_chunk,
                 x.weights.from_state[..., None],
