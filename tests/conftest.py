@@ -9,8 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are many and small, a
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms demand it on a GPU
 
 # A GPU's verdicts on kernels (cells/selfcheck.py) would else go to, or come from, the user's cache.
-_home = tempfile.TemporaryDirectory(prefix="hf_xlstm-tests-")
-os.environ["HF_HOME"] = _home.name
+os.environ["HF_HOME"] = (home := tempfile.TemporaryDirectory(prefix="hf_xlstm-tests-")).name
 
 import pytest
 import torch
