@@ -59,9 +59,10 @@ class Layers(PackedWeightsMixin, nn.Module):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small products, and bfloat16 instructions whatever the processor has."""
+    """Small products, on a processor that has instructions for bfloat16 and is not Intel's, whatever it is."""
     monkeypatch.setattr(linear, "MIN_SIZE", 0)
     monkeypatch.setattr(linear, "NO_BFLOAT16", False)
+    monkeypatch.setattr(linear, "INTEL", False)
 
 
 @pytest.fixture
@@ -487,6 +488,22 @@ def test_prepacked_bfloat16_of_processors_without_it(monkeypatch):
     assert model(inputs(1, 1, 24)).dtype == torch.float32
 
 
+@torch.no_grad()
+@needs_onednn
+def test_single_rows_on_processors_of_intel(monkeypatch, products):
+    """MKL multiplies a row of float32, by joined weights where there are several; oneDNN everything else."""
+    monkeypatch.setattr(linear, "INTEL", True)
+    model = Layers()
+    exact = copy.deepcopy(model).double()
+    for pack in (model.unpack, model.pack_for_decoding):
+        pack()
+        for rows in (1, 3):
+            products.clear()
+            x = inputs(rows, 1, 24)
+            assert relative_error(model(x), exact.plain(x.double())) < 1e-6
+            assert bool(products) == (rows > 1)
+
+
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_are_not_packed(dtype):
@@ -707,7 +724,7 @@ def test_copy_is_used_inside_generate_only(products):
     model(ids[:, :1])
     assert not products
     model.pack_for_decoding()
-    model(ids)
+    model(ids[:, :1])
     assert products and all(weight.is_mkldnn for weight in products)
 
 

@@ -3,8 +3,8 @@
 The layers of a block call their `nn.Linear` children through `joint_linear` and `recompute_linear`, which do up to
 three things that `layer(x)` does not:
 
-1. On x86 CPUs PyTorch multiplies float32 matrices by MKL. oneDNN is as fast or faster there, and is asked instead;
-   also for bfloat16 matrices where the processor has no instructions for them.
+1. On x86 CPUs PyTorch multiplies float32 matrices by MKL. oneDNN is as fast or faster there (but for single rows on
+   Intel's), and is asked instead; also for bfloat16 matrices where the processor has no instructions for them.
 2. Decoding on such a CPU reads every weight for each token. `PackedWeights`, one copy per model, holds the weights of
    layers with the same input side by side in the layout that oneDNN prefers (*prepacked*), for one product instead of
    up to six. `generate` uses it by itself, other code from `model.pack_for_decoding()` to `model.unpack()`.
@@ -26,7 +26,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from .cells.numerics import NO_BFLOAT16, X86
+from .cells.numerics import INTEL, NO_BFLOAT16, X86
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and X86
@@ -138,9 +138,16 @@ def _pytorch_is_slower(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN in float32 takes less time than PyTorch's own product x @ weight.T."""
     if not (ONEDNN and x.is_cpu and weight.numel() >= MIN_SIZE):
         return False
+    rows = x.numel() // x.shape[-1]
     if x.dtype == torch.bfloat16:
-        return NO_BFLOAT16 and x.numel() >= MIN_WIDENED_ROWS * x.shape[-1]
-    return x.dtype == torch.float32
+        return NO_BFLOAT16 and rows >= MIN_WIDENED_ROWS
+    return x.dtype == torch.float32 and _onednn_is_faster(x.dtype, rows)
+
+
+def _onednn_is_faster(dtype: torch.dtype, rows: int) -> bool:
+    """Whether oneDNN, given weights of a layout that it likes, is faster than PyTorch: not for a single row of float32
+    on Intel's processors, where MKL reads the weights as fast and takes a third of the time to begin."""
+    return not (INTEL and dtype == torch.float32 and rows == 1)
 
 
 def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -226,26 +233,30 @@ class _JointWeight(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     dtype: torch.dtype  # of the layers; the copy is float32 where that is faster
+    for_many: bool  # whether it was made for several rows
     sizes: list[int]  # output features of each layer
     sources: list[tuple[_Source, _Source | None]]  # weight and bias of each layer
 
     @classmethod
     @torch.no_grad()
     def of(cls, layers: Sequence[nn.Module], rows: int) -> "_JointWeight":
-        """A copy for products of about so many rows."""
+        """A copy for products of so many rows: laid out for one, or for several."""
         weight, bias = torch.cat([layer.weight for layer in layers]), None
         if any(layer.bias is not None for layer in layers):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
         sources = [(_Source.of(layer.weight), _Source.of(layer.bias)) for layer in layers]
         dtype = weight.dtype
-        if _float32_is_faster(dtype, rows):
+        if NO_BFLOAT16 and dtype == torch.bfloat16 and rows > 1:
             weight, bias = weight.float(), None if bias is None else bias.float()
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return cls(weight, bias, dtype, [len(layer.weight) for layer in layers], sources)
+        if _onednn_is_faster(dtype, rows):
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return cls(weight, bias, dtype, rows > 1, [len(layer.weight) for layer in layers], sources)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T + bias in the dtype of x."""
+        if not self.weight.is_mkldnn:
+            return F.linear(x, self.weight, self.bias)
         if self.weight.dtype == x.dtype:
             return _onednn(x, self.weight, self.bias)
         return _onednn(x.float(), self.weight, self.bias).to(x.dtype)
@@ -263,11 +274,6 @@ class _JointWeight(NamedTuple):
             sources = (source for pair in self.sources for source in pair if source is not None)
             return all(torch.equal(source.checksum, _checksum(source.parameter)) for source in sources)
         return True
-
-
-def _float32_is_faster(dtype: torch.dtype, rows: int) -> bool:
-    """Whether a product of prepacked weights should be in float32, with a copy that takes twice the memory."""
-    return NO_BFLOAT16 and dtype == torch.bfloat16 and rows > 1
 
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
@@ -319,15 +325,15 @@ class PackedWeights:
             return None
         if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
             return None  # a single row times a single float32 matrix gains nothing
-        key = tuple(map(id, layers))
-        joint, is_step = self.joint.get(key), x.shape[-2] == 1
+        key, is_step = tuple(map(id, layers)), x.shape[-2] == 1
+        joint = self.joint.get(key)
         is_current = joint is not None and joint.dtype == x.dtype
-        if is_current and NO_BFLOAT16 and x.dtype == torch.bfloat16:
-            # a call decides between the two kinds of copies by its first step, and for float32 also later
-            is_wide, should_be = joint.weight.dtype == torch.float32, _float32_is_faster(x.dtype, rows)
-            if is_step:
-                is_current = is_wide == should_be or (is_wide and key in self.checked)
-            elif should_be and not is_wide:
+        if is_current and joint.for_many != (rows > 1):
+            if joint.for_many:  # the first step of a call decides which kind of copy it is
+                is_current = not is_step or key in self.checked
+            elif is_step:  # requests that come and go have it made once more, not again and again
+                is_current = False
+            else:
                 return None
         if not is_current or not joint.is_current(layers, by_content=key not in self.checked):
             self.joint.pop(key, None)

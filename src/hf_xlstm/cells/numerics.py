@@ -17,6 +17,18 @@ def gate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def _is_intel() -> bool:
+    """Whether Intel made this processor; False where that is unknown."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "GenuineIntel" in file.read(1000)
+    except OSError:  # not Linux
+        return "Intel" in platform.processor() or (X86 and platform.system() == "Darwin")
+
+
+INTEL = X86 and _is_intel()
 # Whether this processor has no instructions for products in bfloat16. PyTorch's stand-in for them takes four times as
 # long as the product in float32 of the same numbers, which is no less exact.
 NO_BFLOAT16 = X86 and not torch.cpu._is_avx512_bf16_supported()
