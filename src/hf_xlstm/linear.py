@@ -26,6 +26,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .quantized import has_int8_product, int8_product
+
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 # Numbers in a float32 weight below which the call takes longer than the product, and MKL is as good.
@@ -75,11 +77,12 @@ def is_watched(*inputs: torch.Tensor) -> bool:
     )
 
 
-def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
+def is_plain(layer: nn.Module, x: torch.Tensor, weight_class: type = nn.Parameter) -> bool:
     """Whether a product with its weight may stand for a call layer(x): the layer is an `nn.Linear`, no subclass,
     wrapper or parametrization of it; it has no hooks, no other forward (as accelerate gives to offloaded layers); and
     its parameters are its own (those of a DataParallel replica are not, nor pruned ones), of the device and dtype of
-    x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
+    x, the weight is of `weight_class` and the bias of no other class than `nn.Parameter` (as quantised and sharded
+    ones are). An x without rows goes to the layer, too."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
         type(layer) is nn.Linear
@@ -90,7 +93,7 @@ def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
         and not layer._backward_hooks
         and not layer._backward_pre_hooks
         and vars(layer).keys().isdisjoint(("forward", "weight", "bias"))
-        and type(weight) is nn.Parameter
+        and type(weight) is weight_class
         and weight.dtype == x.dtype
         and weight.device == x.device
         and (
@@ -113,8 +116,13 @@ def _onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN. Nobody is watching."""
-    if not is_plain(layer, x) or not _onednn_is_faster(x, layer.weight):
+    """layer(x), of a plain float32 `nn.Linear` on an x86 CPU by oneDNN, of one with 8-bit weights by a product that
+    reads these. Nobody is watching."""
+    if not is_plain(layer, x):
+        weight = layer._parameters.get("weight")
+        is_int8 = has_int8_product(x, weight) and is_plain(layer, x, type(weight))
+        return int8_product(x, weight, layer.bias) if is_int8 else layer(x)
+    if not _onednn_is_faster(x, layer.weight):
         return layer(x)
     if torch.is_grad_enabled():
         return _RecomputeLinear.apply(_identity, layer.weight, layer.bias, x)
