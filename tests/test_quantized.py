@@ -1,14 +1,17 @@
 """Weights of 8 and 4 bits: what is quantised, what is saved, and the products that decode from them on a CPU."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from common import relative_error, tiny_model, tokens
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_xlstm import linear, quantized, xLSTMForCausalLM
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 from hf_xlstm.integration import with_unquantized_modules
 from hf_xlstm.linear import joint_linear
 
@@ -143,6 +146,26 @@ def test_a_weight_that_cannot_be_quantised_is_not_called_missing(saved):
     config = TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
     with pytest.raises(RuntimeError, match="conversion"):
         xLSTMForCausalLM.from_pretrained(saved, quantization_config=config, device_map={"": "cpu"})
+
+
+RECIPES = {"torchao": 2, "bitsandbytes": 1}  # packages, and how many blocks of the page use them
+PAGE = Path(__file__).parents[1] / "docs" / "xlstm-7b.md"
+
+
+@pytest.mark.parametrize("package", RECIPES)
+def test_recipes_for_the_7b(package, tmp_path, monkeypatch):
+    """The console blocks of its page, on a small model in its place."""
+    section = PAGE.read_text(encoding="utf-8").partition("## On a laptop")[2].partition("\n## ")[0]
+    recipes = [code for code in re.findall(r"```console\n(.*?)```", section, re.S) if package in code.lower()]
+    assert len(recipes) == RECIPES[package]
+    pytest.importorskip(package, reason=f"the recipe needs {package}")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(["the capital of France is Paris"], vocab_size=300)
+    tiny_model(hidden_size=64, vocab_size=len(tokenizer)).save_pretrained("model")
+    for code in recipes:
+        lines = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", code, re.M)
+        names = {"AutoModelForCausalLM": AutoModelForCausalLM, "torch": torch, "name": "model"}
+        exec("\n".join(lines), names | {"tokenizer": tokenizer, "ids": tokens(1, 5)})
 
 
 # ---- the product with 8-bit weights
