@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from common import tiny_model
 
 from benchmarks import provenance, tables
-from benchmarks.cpu import breakdown, generation, harness, ops, serving, slstm_loops, speculative, training
+from benchmarks.cpu import breakdown, exported, generation, harness, ops, serving, slstm_loops, speculative, training
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
+from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 slow = pytest.mark.slow
@@ -37,7 +39,7 @@ def no_bandwidth(monkeypatch):
 def run(monkeypatch, script, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
     if hasattr(script, "rows"):
-        harness.main("test", script.__doc__, script.rows)
+        harness.main("test", script.__doc__, script.rows, getattr(script, "add_options", lambda parser: None))
     else:
         script.main()
 
@@ -58,6 +60,29 @@ def test_quick_rows(script, patterns, monkeypatch, tmp_path):
             assert not any("error" in row["peers"][peer] for peer in PEERS if peer != IN_TREE)
         if name.startswith(("memory", "training")):
             assert row["peers"].keys() == PEERS.keys()
+
+
+@slow
+def test_exported_models(monkeypatch, tmp_path):
+    """All rows, the trained model and its text replaced by small ones."""
+    for package in ("onnxscript", "openvino"):
+        pytest.importorskip(package, reason="exports need hf-xlstm[export]")
+    text = "the state of our Union is strong"
+    tokenizer = train_tokenizer([text], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(text)
+    options = ["--exports", tmp_path / "exports", "--model", tmp_path / "model", "--text", tmp_path / "text.txt"]
+    path = tmp_path / "results.json"
+    run(monkeypatch, exported, "--quick", "--seconds", "0.1", "--output", str(path), *map(str, options))
+    results = json.loads(path.read_text())["rows"]
+    assert results.keys() == exported.rows(True).keys()
+    names = {f"{peer}+{route}" for peer in (HF_XLSTM, "llama") for route in exported.routes(True)}
+    for row in results.values():
+        assert "routes" in row or row["peers"].keys() == names
+    ratios = results["decode/128x2/batch-2"]["peers"]["hf_xlstm+openvino-float32"]["ratio"]
+    assert ratios.keys() == {"hf_xlstm+eager-float32", "llama+openvino-float32"}
+    assert abs(results["loss"]["routes"]["openvino-float32"]["lost"]) < 1e-4
 
 
 def test_a_file_holds_one_machine(tmp_path, monkeypatch):

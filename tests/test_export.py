@@ -16,6 +16,7 @@ from hf_xlstm import xLSTMCache
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
 from hf_xlstm.export import (
     FORMATS,
+    OpenVINOProgram,
     empty_state,
     export_forward,
     export_model,
@@ -179,6 +180,26 @@ def test_files_of_another_export(models, tmp_path):
     (directory / "export.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         xLSTMExportedForCausalLM.from_pretrained(directory)
+
+
+def test_programs_of_openvino_share_their_weights(models):
+    model, exported = models
+    directory = Path(exported.name_or_path)
+    if not (directory / "decode.xml").exists():
+        pytest.skip("ONNX Runtime has a file of weights for each program")
+    assert [path.name for path in directory.glob("*.bin")] == ["prefill.bin"]
+    assert (directory / "prefill.bin").stat().st_size < 1.3 * sum(p.nbytes for p in model.parameters())
+
+
+def test_results_of_openvino_go_by_all_their_names():
+    """When it compiles a program, OpenVINO may give a result a second name, and list that first."""
+
+    class Port:
+        names, any_name = {"new_state.0.m", "convert"}, "convert"
+
+    program = object.__new__(OpenVINOProgram)
+    program._program = lambda inputs, **options: {Port(): 1}
+    assert program({}) == {"new_state.0.m": 1, "convert": 1}
 
 
 @pytest.mark.slow

@@ -16,10 +16,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from hf_xlstm import linear, xLSTMForCausalLM, xLSTMModel
-from hf_xlstm.integration import with_unquantized_modules
+from hf_xlstm import linear, xLSTMModel
 from hf_xlstm.linear import PackedWeightsMixin, is_plain, is_watched, joint_linear, recompute_linear
 from hf_xlstm.pointwise import swiglu
 
@@ -792,52 +790,3 @@ def test_adapters_are_not_bypassed():
     assert relative_error(logits(True), logits(False)) < 1e-5
     adapted.unmerge_adapter()
     assert relative_error(logits(True), logits(False)) < 1e-5
-
-
-# ---- quantised weights
-
-
-def torchao_int8():
-    quantization = pytest.importorskip("torchao.quantization", reason="int8 weights need torchao")
-    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
-
-
-def bitsandbytes(**options):
-    pytest.importorskip("bitsandbytes", reason="8-bit and NF4 weights need bitsandbytes")
-    return BitsAndBytesConfig(**options)
-
-
-QUANTIZATIONS = {
-    "torchao int8": torchao_int8,
-    "bitsandbytes int8": lambda: bitsandbytes(load_in_8bit=True),
-    "bitsandbytes nf4": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-}
-
-
-@pytest.fixture
-def saved(tmp_path):
-    tiny_model(hidden_size=64).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_gates_and_heads_are_not_quantised(quantization, saved):
-    """On processors with AVX512-BF16, bitsandbytes refuses 4-bit weights of fewer than 32 outputs, such as gates."""
-    config = QUANTIZATIONS[quantization]()
-    model = xLSTMForCausalLM.from_pretrained(saved, quantization_config=config, device_map={"": "cpu"})
-    exact = xLSTMForCausalLM.from_pretrained(saved).state_dict()
-    for name, module in model.named_modules():
-        if name == "lm_head" or name.endswith(("igate_preact", "fgate_preact")):
-            assert type(module) is nn.Linear and torch.equal(module.weight.float(), exact[f"{name}.weight"])
-        elif isinstance(module, nn.Linear):
-            assert type(module) is not nn.Linear or type(module.weight) is not nn.Parameter
-    quantised = model.generate(tokens(2, 5), max_new_tokens=4)
-    assert quantised.shape == (2, 9)
-
-
-def test_named_modules_are_kept_instead(saved):
-    for config in (BitsAndBytesConfig(load_in_8bit=True), {"load_in_8bit": True, "quant_method": "bitsandbytes"}):
-        assert "igate_preact" in with_unquantized_modules(config).llm_int8_skip_modules
-    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
-    assert with_unquantized_modules(config).llm_int8_skip_modules == ["lm_head"]
-    assert with_unquantized_modules(BitsAndBytesConfig(load_in_8bit=True)) is not config

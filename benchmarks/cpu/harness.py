@@ -208,7 +208,12 @@ def _peak_memory(start: Start, peer: str) -> dict[str, float | str]:
 # The command line and the result file
 
 
-def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]) -> None:
+def main(
+    name: str,
+    description: str,
+    rows: Callable[[bool], dict[str, Measure]],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
     """Measures the rows of a benchmark that `--only` selects, and merges them into its result file one by one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -222,6 +227,7 @@ def main(name: str, description: str, rows: Callable[[bool], dict[str, Measure]]
         "--quick", action="store_true", help="a smoke test: tiny models, one round, no file by default"
     )
     parser.add_argument("--output", type=Path, help=f"default: results/{name}-cpu.json; another machine: another file")
+    add_options(parser)
     args = parser.parse_args()
     selected = select(rows(args.quick), args.only)
     if not selected:

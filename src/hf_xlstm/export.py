@@ -12,13 +12,15 @@ its chunkwise form, the sLSTM a loop. Both formats come from ONNX: OpenVINO read
 Exporting needs the packages of `pip install hf-xlstm[export]`, running a program only that of its format.
 """
 
+import hashlib
 import importlib
 import json
 import tempfile
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -145,7 +147,6 @@ def export_forward(model: xLSTMForCausalLM, program: str) -> torch.export.Export
     return torch.export.export(ForwardPass(model).eval(), arguments, dynamic_shapes=dynamic, strict=False)
 
 
-@torch.no_grad()  # with gradients the loop of the sLSTM would also return what its backward pass needs
 def export_model(
     model: xLSTMForCausalLM, directory: str | Path, format: str = "openvino", weights: str = "float32"
 ) -> None:
@@ -170,31 +171,46 @@ def export_model(
         _need(module)
     if weights != "float32":
         _need("nncf")
+    with appearing(directory) as target, tempfile.TemporaryDirectory(dir=target) as scratch:
+        write_programs(model, export_onnx(model, Path(scratch)), target, format, weights)
+
+
+@torch.no_grad()  # with gradients the loop of the sLSTM would also return what its backward pass needs
+def export_onnx(model: xLSTMForCausalLM, directory: Path) -> dict[str, Path]:
+    """Both programs of a model as files of ONNX with float32 weights, from which those of each runtime are made."""
     names = [f"state.{name}" for name in state_shapes(model.config)]
-    export_id = uuid.uuid4().hex
+    paths = {program: directory / f"{program}.onnx" for program in PROGRAMS}
     training = model.training
     model.eval()
     try:
-        with appearing(directory) as target, tempfile.TemporaryDirectory(dir=target) as scratch:
-            for program in PROGRAMS:
-                inputs = ["input_ids", *(["attention_mask", "positions"] if program == "prefill" else []), *names]
-                outputs = ["logits", *(f"new_{name}" for name in names)]
-                path = Path(scratch) / f"{program}.onnx"
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    exported = export_forward(model, program)
-                    torch.onnx.export(
-                        exported, f=path, dynamo=True, verbose=False, input_names=inputs, output_names=outputs
-                    )
-                save = _save_openvino if format == "openvino" else _save_onnx
-                save(path, target / program, weights, export_id)
-            model.config.save_pretrained(target)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(target)
-            manifest = {"format": format, "weights": weights, _ID: export_id}
-            (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for program, path in paths.items():
+            inputs = ["input_ids", *(["attention_mask", "positions"] if program == "prefill" else []), *names]
+            outputs = ["logits", *(f"new_{name}" for name in names)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = export_forward(model, program)
+                torch.onnx.export(
+                    exported, f=path, dynamo=True, verbose=False, input_names=inputs, output_names=outputs
+                )
     finally:
         model.train(training)
+    return paths
+
+
+def write_programs(
+    model: xLSTMForCausalLM, onnx_files: Mapping[str, Path], directory: Path, format: str, weights: str
+) -> None:
+    """The programs of `export_onnx` in the format of a runtime, and what `from_pretrained` reads beside them."""
+    runtime, export_id = RUNTIMES[format], uuid.uuid4().hex
+    for program, path in onnx_files.items():
+        runtime.save(path, directory / program, weights, export_id)
+    if format == "openvino":
+        _share_weights(*(directory / f"{program}.xml" for program in PROGRAMS))
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    manifest = {"format": format, "weights": weights, _ID: export_id}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _need(module: str):
@@ -204,24 +220,32 @@ def _need(module: str):
         raise ImportError(f"This needs the package {module}: pip install 'hf-xlstm[export]'") from error
 
 
-def _save_openvino(onnx_file: Path, target: Path, weights: str, export_id: str) -> None:
-    import openvino
+def _share_weights(first: Path, second: Path) -> None:
+    """Lets the second of two programs of OpenVINO read its constants from the file of the first, which gets those that
+    only the second has."""
 
-    program = openvino.convert_model(onnx_file)
-    if weights != "float32":
-        program = _compress(program, weights)
-    program.set_rt_info(export_id, _ID)
-    openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
+    def constants(tree: ElementTree.ElementTree) -> Iterator[tuple[ElementTree.Element, slice]]:
+        for layer in tree.iter("layer"):
+            if layer.get("type") == "Const":
+                data = layer.find("data")
+                start = int(data.get("offset"))
+                yield data, slice(start, start + int(data.get("size")))
 
-
-def _save_onnx(onnx_file: Path, target: Path, weights: str, export_id: str) -> None:
-    import onnx
-
-    program = onnx.load(onnx_file)
-    if weights != "float32":
-        program = _compress(program, weights)
-    program.metadata_props.add(key=_ID, value=export_id)
-    onnx.save(program, target.with_suffix(".onnx"), save_as_external_data=True, location=f"{target.name}.onnx.data")
+    paths, offsets = [path.with_suffix(".bin") for path in (first, second)], {}
+    contents = np.memmap(paths[0], mode="r")
+    for _, place in constants(ElementTree.parse(first)):
+        offsets.setdefault(hashlib.sha256(contents[place]).digest(), place.start)
+    tree, contents = ElementTree.parse(second), np.memmap(paths[1], mode="r")
+    with paths[0].open("ab") as file:
+        for data, place in constants(tree):
+            key = hashlib.sha256(contents[place]).digest()
+            if key not in offsets:
+                file.write(bytes(-file.tell() % 64))
+                offsets[key] = file.tell()
+                file.write(contents[place])
+            data.set("offset", str(offsets[key]))
+    tree.write(second)
+    paths[1].unlink()
 
 
 def _compress(program, weights: str):
@@ -237,29 +261,53 @@ def _compress(program, weights: str):
     return nncf.compress_weights(program, mode=nncf.CompressWeightsMode.INT4_SYM, advanced_parameters=options)
 
 
-class _OpenVINOProgram:
+class OpenVINOProgram:
     """A program of OpenVINO, which computes in float32 on as many threads as PyTorch."""
 
     suffix = ".xml"
 
+    @staticmethod
+    def save(onnx_file: Path, target: Path, weights: str, export_id: str) -> None:
+        """Writes the program in an ONNX file, its weights compressed, as `target` with a suffix."""
+        import openvino
+
+        program = openvino.convert_model(onnx_file)
+        if weights != "float32":
+            program = _compress(program, weights)
+        program.set_rt_info(export_id, _ID)
+        openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
+
     def __init__(self, path: Path):
         openvino = _need("openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        program = openvino.Core().read_model(path)
+        # both programs read the weights of the first
+        program = openvino.Core().read_model(path, path.with_name(f"{PROGRAMS[0]}.bin"))
         self.export_id = program.get_rt_info(_ID).astype(str) if program.has_rt_info(_ID) else None
-        self.inputs = {port.any_name for port in program.inputs}
+        self.inputs = {name for port in program.inputs for name in port.names}
         self._program = openvino.Core().compile_model(program, "CPU", options)
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The results by name. The next call overwrites them."""
         results = self._program(inputs, share_inputs=True, share_outputs=True)
-        return {port.any_name: x for port, x in results.items()}
+        return {name: x for port, x in results.items() for name in port.names}  # OpenVINO may add names of its own
 
 
-class _ONNXProgram:
+class ONNXProgram:
     """A program of ONNX Runtime, on as many threads as PyTorch."""
 
     suffix = ".onnx"
+
+    @staticmethod
+    def save(onnx_file: Path, target: Path, weights: str, export_id: str) -> None:
+        """Writes the program in an ONNX file, its weights compressed, as `target` with a suffix."""
+        import onnx
+
+        program = onnx.load(onnx_file)
+        if weights != "float32":
+            program = _compress(program, weights)
+        program.metadata_props.add(key=_ID, value=export_id)
+        location = f"{target.name}.onnx.data"
+        onnx.save(program, target.with_suffix(".onnx"), save_as_external_data=True, location=location)
 
     def __init__(self, path: Path):
         onnxruntime = _need("onnxruntime")
@@ -276,7 +324,7 @@ class _ONNXProgram:
         return dict(zip(self._outputs, self._program.run(self._outputs, inputs), strict=True))
 
 
-_RUNTIMES = {"openvino": _OpenVINOProgram, "onnx": _ONNXProgram}
+RUNTIMES = {"openvino": OpenVINOProgram, "onnx": ONNXProgram}
 
 
 class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -296,7 +344,7 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
 
     pack_in_generate = False  # the weights are in the programs
 
-    def __init__(self, config: xLSTMConfig, programs: Mapping[str, _OpenVINOProgram | _ONNXProgram]):
+    def __init__(self, config: xLSTMConfig, programs: Mapping[str, OpenVINOProgram | ONNXProgram]):
         super().__init__(config)
         self._programs = dict(programs)
         self.loss_function = causal_lm_loss
@@ -325,7 +373,7 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
             )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            runtime, export_id = _RUNTIMES[manifest["format"]], manifest[_ID]
+            runtime, export_id = RUNTIMES[manifest["format"]], manifest[_ID]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: it is damaged, or of a newer version.") from error
         config = xLSTMConfig.from_pretrained(directory)

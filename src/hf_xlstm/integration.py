@@ -324,7 +324,8 @@ class LoadingMixin:
             info = result[0]
             mismatched = [] if load_config.ignore_mismatched_sizes else [name for name, *_ in info.mismatched_keys]
             problems = {
-                "lacks": info.missing_keys,
+                # what could not be quantised is not missing: Transformers raises, and says why
+                "lacks": info.missing_keys - info.conversion_errors.keys(),
                 # what one stage of a pipeline does not know belongs to another
                 "has unknown": [] if hasattr(model, "_pp_stage") else info.unexpected_keys,
                 "has misshapen": mismatched,

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .cells.numerics import INTEL, NO_BFLOAT16, X86
+from .quantized import has_int8_product, int8_product
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and X86
@@ -84,17 +85,18 @@ def is_watched(*inputs: torch.Tensor) -> bool:
     )
 
 
-def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
+def is_plain(layer: nn.Module, x: torch.Tensor, weight_class: type = nn.Parameter) -> bool:
     """Whether a product with its weight may stand for a call layer(x): the layer is an `nn.Linear`, no subclass,
     wrapper or parametrization of it; it has no hooks, no other forward (as accelerate gives to offloaded layers); and
     its parameters are its own (those of a DataParallel replica are not, nor pruned ones), of the device and dtype of
-    x, and of no other class (as quantised and sharded ones are). An x without rows goes to the layer, too."""
+    x, the weight is of `weight_class` and the bias of no other class than `nn.Parameter` (as quantised and sharded
+    ones are). An x without rows goes to the layer, too."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
         _is_bare(layer)
         and x.ndim > 1
         and x.numel() > 0
-        and type(weight) is nn.Parameter
+        and type(weight) is weight_class
         and weight.dtype == x.dtype
         and weight.device == x.device
         and (
@@ -151,8 +153,14 @@ def _onednn_is_faster(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """layer(x), of a plain `nn.Linear` by the faster library. Nobody is watching."""
-    if not is_plain(layer, x) or not _pytorch_is_slower(x, layer.weight):
+    """layer(x), of a plain `nn.Linear` by the faster library, of one with 8-bit weights by a product that reads these.
+    Nobody is watching."""
+    if not is_plain(layer, x):
+        weight = layer._parameters.get("weight")
+        is_int8 = has_int8_product(x, weight) and is_plain(layer, x, type(weight))
+        return int8_product(x, weight, layer.bias) if is_int8 else layer(x)
+    if not _pytorch_is_slower(x, layer.weight):
+        return layer(x)
         return layer(x)
     if torch.is_grad_enabled():
         return _RecomputeLinear.apply(_identity, layer.weight, layer.bias, x)
