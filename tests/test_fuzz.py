@@ -110,19 +110,40 @@ class Draw:
         self.assert_same(logits[mask.bool()], gradients=self.training)
 
     def check_packed(self) -> None:
+        """Documents side by side in one or two rows, with padding around and inside them, or none. A mask of ones
+        changes nothing, and neither do the positions of padding."""
         self.told_by = self.rng.choice(["seq_idx", "cu_seq_lens_q", "position_ids"])
-        self.training = self.rng.random() < 0.5
-        lengths = torch.tensor([len(x) for x in self.sequences])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        self.training, self.masked = self.rng.random() < 0.5, self.rng.random() < 0.5
+        ids, mask, numbers, positions = self.pack()
         if self.told_by == "seq_idx":
-            told = torch.repeat_interleave(lengths)[None]
+            told = numbers
         elif self.told_by == "cu_seq_lens_q":
-            told = bounds.int()
+            rows = torch.arange(len(numbers))[:, None].expand_as(numbers)
+            _, lengths = torch.stack([rows, numbers]).flatten(1).unique_consecutive(dim=1, return_counts=True)
+            told = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         else:
-            told = torch.cat([torch.arange(count) for count in lengths])[None]
+            told = positions
+        options = {"attention_mask": mask} if self.masked or self.rng.random() < 0.3 else {}
         with torch.set_grad_enabled(self.training):
-            logits = self.run(torch.cat(self.sequences)[None], **{self.told_by: told}).logits[0]
-        self.assert_same(logits, gradients=self.training)
+            logits = self.run(ids, **{self.told_by: told}, **options).logits
+        self.assert_same(logits[mask.bool()], gradients=self.training)
+
+    def pack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The documents' tokens, mask, numbers and positions, each (B, T)."""
+        rows = [[], []] if len(self.sequences) > 1 and self.rng.random() < 0.3 else [[]]
+        for number, sequence in enumerate(self.sequences):
+            document = [(token, 1, number, place) for place, token in enumerate(sequence.tolist())]
+            if self.masked:
+                for _ in range(self.rng.choice([0, 1, 4])):
+                    place = self.rng.randint(0, len(document))
+                    document.insert(place, (PAD, 0, number, self.rng.randint(0, 9)))
+            rows[number * len(rows) // len(self.sequences)] += document
+        size = max(map(len, rows))
+        if len(set(map(len, rows))) > 1:
+            self.masked = True
+        for number, row in enumerate(rows, len(self.sequences)):
+            row += [(PAD, 0, number, place) for place in range(size - len(row))]  # a document of padding alone
+        return torch.tensor(rows).permute(2, 0, 1).contiguous().unbind()
 
     @torch.no_grad()
     def check_continued(self) -> None:
