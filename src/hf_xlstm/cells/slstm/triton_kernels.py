@@ -13,7 +13,7 @@ h, which every tile of the next step reads, in two buffers, taken in turn, so th
 The backward pass does likewise, with the gradients of the gates in the place of h.
 
 m is the sum of two floats, m and its rest: next to an m of 1e5, one float32 could not tell tokens apart that compete,
-nor keep what an open forget gate takes away. n = 1 while the kernel runs; a final state has the rest in it, n = e^rest.
+nor keep what an open forget gate takes away. n = 1 while the kernel runs; a final state has the rest, as n = e^rest.
 
 The forward pass keeps u, sigmoid(-f), tanh(z), sigmoid(o) and c for the backward pass.
 
