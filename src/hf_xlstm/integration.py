@@ -112,6 +112,17 @@ def _sequence_is_split() -> bool:
     return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor")
 
 
+def refuse_with_opacus(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
+    """Raises NotImplementedError for what a layer gets beside its input where Opacus has been given the layer: for the
+    gradients of each row it calls the layer again with the input alone. Padding behind a row's tokens makes no
+    difference to them."""
+    if cu_seqlens is not None or (mask is not None and (mask[:, 1:] > mask[:, :-1]).any()):
+        raise NotImplementedError(
+            "Opacus calls layers without mask and bounds, so that its gradients would be wrong for padding in front "
+            "of tokens and for packed documents. Pad on the right instead."
+        )
+
+
 class _CacheNames:
     """The names of the cache that outputs have from Transformers 5.24 on, beside `past_key_values`."""
 

@@ -37,6 +37,7 @@ from .integration import (
     one_cache,
     refuse_split_sequence,
     refuse_unknown,
+    refuse_with_opacus,
     with_cache_name,
 )
 from .layers import FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer
@@ -89,6 +90,8 @@ class xLSTMBlock(GradientCheckpointingLayer):
             norm, layer = self.norm_mlstm, self.mlstm_layer
         else:
             norm, layer = self.norm_slstm, self.slstm_layer
+        if hasattr(layer, "ft_compute_sample_grad"):
+            refuse_with_opacus(mask, cu_seqlens)
         x = norm(hidden_states)
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None and layer_cache.record_past:

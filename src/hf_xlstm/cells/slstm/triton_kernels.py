@@ -229,9 +229,7 @@ def forward_resident_kernel(
     inside = has_state[:, None] & in_d[None, :]  # [BB, BD]
     w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, 1, D, H, D, DOT)  # [BD_in, BD_out]
     o_state = (state_row * stride_state_row + h * D)[:, None] + o_d[None, :]
-    b_h, b_c, b_m, b_rest = load_state(
-        p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside
-    )  # [BB, BD]
+    b_h, b_c, b_m, b_rest = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)  # [BB, BD]
 
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
