@@ -85,7 +85,8 @@ class xLSTMBlock(GradientCheckpointingLayer):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, T, D), mask (B, T) bool, cu_seqlens (N + 1,) with B = 1; returns (B, T, D)."""
+        """hidden_states (B, T, D), mask (B, T) bool; returns (B, T, D). Bounds cu_seqlens (N + 1,) are those of the
+        flattened batch, and so is then the mask (1, B T)."""
         if self.layer_type == "mlstm":
             norm, layer = self.norm_mlstm, self.mlstm_layer
         else:
@@ -96,7 +97,10 @@ class xLSTMBlock(GradientCheckpointingLayer):
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None and layer_cache.record_past:
             layer_cache.record(layer, x, mask)
-        hidden_states = hidden_states + layer(x, cache=layer_cache, mask=mask, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:
+            x = x.flatten(0, 1).unsqueeze(0)
+        x = layer(x, cache=layer_cache, mask=mask, cu_seqlens=cu_seqlens)
+        hidden_states = hidden_states + x.reshape(hidden_states.shape)
         return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
 
 
@@ -209,18 +213,19 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 raise ValueError("Gradient checkpointing cannot continue a `cache`: switch one of them off.")
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
-        if length == 0:
-            raise ValueError("The input has no tokens.")
-
+        batch_size, length = input_size(input_ids, inputs_embeds)
         mask = padding_mask(attention_mask, batch_size, length)
+        if cache is None and attention_mask is not None and attention_mask.shape[1] > length:
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.shape[1]} columns for {length} tokens: more are for the tokens "
+                "that a `cache` has read, and there is none."
+            )
         cu_seqlens = packed_bounds(seq_idx, cu_seq_lens_q, position_ids, mask, inputs_embeds)
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("Packed sequences start anew: they cannot continue a `cache`.")
             use_cache = False
             mask = None if mask is None else mask.reshape(1, -1)
-            inputs_embeds = inputs_embeds.reshape(1, batch_size * length, -1)
         if cache is None and use_cache:
             cache = xLSTMCache(self.config)
         if cache is not None and not torch.compiler.is_compiling():
@@ -231,7 +236,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         hidden_states = self.out_norm(hidden_states)
         if cache is not None:
             cache.advance(length, hidden_states.device)
-        return ModelOutput(last_hidden_state=hidden_states.reshape(batch_size, length, -1), **{CACHE_NAME: cache})
+        return ModelOutput(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _run_blocks(
         self,
@@ -256,6 +261,18 @@ class xLSTMModel(xLSTMPreTrainedModel):
         for block in self.blocks:
             hidden_states = block(hidden_states, cache=cache, mask=mask, cu_seqlens=cu_seqlens)
         return hidden_states
+
+
+def input_size(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> tuple[int, int]:
+    """B and T, of `inputs_embeds` that may come from `input_ids`."""
+    name, x, layout = "inputs_embeds", inputs_embeds, "(B, T, D)"
+    if input_ids is not None:
+        name, x, layout = "input_ids", input_ids, "(B, T)"
+    if inputs_embeds.ndim != 3:
+        raise ValueError(f"`{name}` must have shape {layout}, got {tuple(x.shape)}.")
+    if 0 in inputs_embeds.shape[:2]:
+        raise ValueError(f"The input has no tokens: `{name}` has shape {tuple(x.shape)}.")
+    return inputs_embeds.shape[:2]
 
 
 def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
@@ -340,8 +357,7 @@ def causal_lm_loss(
     Args:
         logits: (B, T, vocabulary).
         labels: (B, T), shifted inside; `shift_labels` (B, T) are not.
-        num_items_in_batch: what the sum is divided by; by default the number of labels that are not `ignore_index`,
-            and 1 where there is none, so that nothing to learn gives a loss and gradients of 0.
+        num_items_in_batch: what the sum is divided by; by default the number of labels that are not `ignore_index`.
     """
     for name, x in (("labels", labels), ("shift_labels", shift_labels)):
         if x is not None and x.shape != logits.shape[:-1]:
@@ -350,12 +366,40 @@ def causal_lm_loss(
             )
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    shift_labels = shift_labels.flatten().to(logits.device)
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != ignore_index).sum().clamp_min(1)
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return cross_entropy(logits.view(-1, vocab_size), shift_labels, ignore_index) / num_items_in_batch
+    return mean_cross_entropy(logits.view(-1, vocab_size), shift_labels.flatten(), num_items_in_batch, ignore_index)
+
+
+def mean_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None, ignore_index: int = -100
+) -> torch.Tensor:
+    """The cross entropy of logits (N, classes) and labels (N,), summed and divided by `count`, by default the number
+    of labels that are not `ignore_index`. Where that is 0, loss and gradients are 0, and not 0 / 0."""
+    labels = labels.to(logits.device)
+    if count is None:
+        count = (labels != ignore_index).sum()
+    count = count.to(logits.device).clamp_min(1) if torch.is_tensor(count) else max(count, 1)
+    return cross_entropy(logits, labels, ignore_index) / count
+
+
+def token_classification_loss(logits: torch.Tensor, labels: torch.LongTensor, config, **kwargs) -> torch.Tensor:
+    """The mean cross entropy of the classes of tokens, logits (B, T, classes), labels (B, T), -100 left out."""
+    return causal_lm_loss(logits.to(gate_dtype(logits.dtype)), None, config.num_labels, shift_labels=labels)
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.LongTensor,
+    end_positions: torch.LongTensor,
+    **kwargs,
+) -> torch.Tensor:
+    """The mean cross entropy of first and last token of the answer, logits (B, T), positions (B,). Positions from T
+    on, answers that have been cut off, are left out."""
+    length, losses = start_logits.shape[1], []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        positions = positions.flatten().clamp(0, length)
+        losses.append(mean_cross_entropy(logits.to(gate_dtype(logits.dtype)), positions, ignore_index=length))
+    return sum(losses) / 2
 
 
 class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -514,6 +558,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_function = token_classification_loss
         self.post_init()
 
 
@@ -527,6 +572,7 @@ class xLSTMForQuestionAnswering(GenericForQuestionAnswering, xLSTMPreTrainedMode
         super(GenericForQuestionAnswering, self).__init__(config)
         self.backbone = xLSTMModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.loss_function = question_answering_loss
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
