@@ -218,6 +218,8 @@ def filled_cache(model, batch_size: int = 2) -> xLSTMCache:
         ({"input_ids": tokens(2, 3)[0]}, r"`input_ids` must have shape \(B, T\), got \(3,\)"),
         ({"inputs_embeds": torch.ones(3, 32)}, r"`inputs_embeds` must have shape \(B, T, D\), got \(3, 32\)"),
         ({"input_ids": tokens(2, 3), "attention_mask": torch.ones(2, 5)}, r"`attention_mask` has 5 columns for 3 tok"),
+        ({"input_ids": tokens(1, 3), "attention_mask": torch.tensor([[1, 2, 2]])}, r"1 for tokens and 0 for padding"),
+        ({"input_ids": tokens(1, 3), "attention_mask": torch.tensor([[-1e9, 0, 0]])}, r"1 for tokens and 0 for pad"),
         ({"input_ids": tokens(2, 3), "seq_idx": torch.zeros(2, 4)}, r"`seq_idx`.*\(2, 3\).*\(2, 4\)"),
         ({"input_ids": tokens(2, 3), "position_ids": torch.tensor([[0, 1, 0, 1]])}, r"`position_ids`.*\(1, 4\)"),
         ({"input_ids": tokens(2, 3), "cu_seq_lens_q": torch.tensor([0, 5])}, r"T = 6, got \[0, 5\]"),

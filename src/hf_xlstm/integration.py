@@ -406,6 +406,11 @@ class RecurrentGenerationMixin(GenerationMixin):
             return
         cache = model_kwargs[CACHE_NAME] = xLSTMCache(self.config)
         cache.is_static = "static" in (generation_config.cache_implementation or "")
+        if (generation_config.cache_implementation or "").startswith(("offloaded", "quantized")):
+            logger.warning_once(
+                f"cache_implementation={generation_config.cache_implementation!r} has no effect: the cache is the "
+                "recurrent state, of constant size, and stays where it is, as it is."
+            )
         if generation_config.is_assistant:
             cache.activate_past_recording()
         compiles_prefill = generation_config.prefill_chunk_size and self._valid_auto_compile_criteria(

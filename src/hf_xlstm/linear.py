@@ -208,7 +208,7 @@ class _JointWeight(NamedTuple):
     def is_copy_of(self, parameters: Sequence[nn.Parameter], by_content: bool) -> bool:
         """Whether these still are the parameters that were copied, and no operation on them has written to them since;
         with `by_content` also, whether their checksums are the same."""
-        return all(
+        return len(self.sources) == len(parameters) and all(  # a bias may come or go
             source.parameter is p
             and source.version == p._version
             and source.address == p.data_ptr()

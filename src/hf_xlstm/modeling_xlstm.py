@@ -43,7 +43,7 @@ from .integration import (
 from .layers import FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer
 from .linear import PackedWeightsMixin, joint_linear
 from .paper import PaperLayerNorm, add_paper_layers
-from .pointwise import cross_entropy, soft_cap
+from .pointwise import mean_cross_entropy, soft_cap
 
 
 logger = logging.get_logger(__name__)
@@ -221,7 +221,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 "that a `cache` has read, and there is none."
             )
         cu_seqlens = packed_bounds(seq_idx, cu_seq_lens_q, position_ids, mask, inputs_embeds)
-        if cu_seqlens is not None:
+        if cu_seqlens is None:
+            check_mask_values(attention_mask)
+        else:
             if cache is not None:
                 raise ValueError("Packed sequences start anew: they cannot continue a `cache`.")
             use_cache = False
@@ -286,6 +288,18 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     return None if is_readable(mask) and mask.all() else mask
+
+
+def check_mask_values(attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a mask of more than 0 and 1 where nothing else tells documents apart: some packers number
+    them there, and attention knows masks of 0 and -inf. Read as a mask, both would be wrong in silence."""
+    if attention_mask is None or attention_mask.dtype == torch.bool or not is_readable(attention_mask):
+        return
+    if (attention_mask != attention_mask.bool()).any():
+        raise ValueError(
+            "`attention_mask` must hold 1 for tokens and 0 for padding. Packed documents are told by `seq_idx`, "
+            "`cu_seq_lens_q` or `position_ids`."
+        )
 
 
 def packed_bounds(
@@ -367,18 +381,6 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     return mean_cross_entropy(logits.view(-1, vocab_size), shift_labels.flatten(), num_items_in_batch, ignore_index)
-
-
-def mean_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None, ignore_index: int = -100
-) -> torch.Tensor:
-    """The cross entropy of logits (N, classes) and labels (N,), summed and divided by `count`, by default the number
-    of labels that are not `ignore_index`. Where that is 0, loss and gradients are 0, and not 0 / 0."""
-    labels = labels.to(logits.device)
-    if count is None:
-        count = (labels != ignore_index).sum()
-    count = count.to(logits.device).clamp_min(1) if torch.is_tensor(count) else max(count, 1)
-    return cross_entropy(logits, labels, ignore_index) / count
 
 
 def token_classification_loss(logits: torch.Tensor, labels: torch.LongTensor, config, **kwargs) -> torch.Tensor:
