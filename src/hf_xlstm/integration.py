@@ -453,6 +453,10 @@ class RecurrentGenerationMixin(GenerationMixin):
         if cache is not None and next_sequence_length is None:
             name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
             inputs[name] = inputs[name][:, unread(cache, inputs[name].shape[1], attention_mask) :]
+        if "prepare_inputs_for_generation" in vars(self) and cache is not None:
+            # PEFT's prompt tuning stands in for this method and looks for the cache under its old name: where it finds
+            # none, it puts the prompt in front of every token
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration: bool = True):
@@ -461,7 +465,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         size = generation_config.prefill_chunk_size
         if size is None:
             return self(**inputs, return_dict=True)
-        if inputs.get(CACHE_NAME) is None:
+        if all(inputs.get(name) is None for name in CACHE_NAMES):
             raise ValueError("`prefill_chunk_size` needs a cache: `use_cache=True`.")
         compiles = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         forward = self.get_compiled_call(generation_config.compile_config) if compiles else self.__call__
