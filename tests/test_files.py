@@ -1,6 +1,7 @@
 """hf_xlstm/files.py: complete and new, or untouched and old, whatever happens."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -131,17 +132,18 @@ def test_room_is_looked_at_before(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["model", "model[7b] v2"])
 @pytest.mark.parametrize("writing", [appearing, replacing])
-def test_two_writers_of_one_target_do_not_meet(tmp_path, writing):
+def test_two_writers_of_one_target_do_not_meet(tmp_path, writing, name):
     """The one that comes second is refused, and the first is whole."""
-    target = tmp_path / "model"
+    target = tmp_path / name
     with writing(target) as first:
         write(first, NEW)
         with pytest.raises(FileExistsError, match="being written by another process"), writing(target):
             pytest.fail("the first is not finished")
         assert first.exists()  # what is being written is no leftover
-    assert read(target) == NEW and os.listdir(tmp_path) == ["model"]
-    with pytest.raises(FileExistsError, match=r"model exists\."), appearing(target):
+    assert read(target) == NEW and os.listdir(tmp_path) == [name]
+    with pytest.raises(FileExistsError, match=re.escape(f"{name} exists.")), appearing(target):
         pytest.fail("it exists")
 
 

@@ -95,6 +95,21 @@ def test_neftune(tmp_path):
     assert all(noisy != plain for plain, noisy in zip(*losses.values(), strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_after_prompt_tuning(padded, options):
+    """The learnt vectors stand in front of the text, once, and not in front of every token."""
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, ids = peft.get_peft_model(tiny_model(**mixed), config).eval(), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0 if padded else 1
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False} | options
+    actual = model.generate(input_ids=ids, **options)
+    options.pop("prefill_chunk_size", None)
+    assert actual.equal(model.generate(input_ids=ids, **options, use_cache=False))
+
+
 # ---- heads
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from hf_xlstm import xLSTMCache
+from hf_xlstm import integration, xLSTMCache
 
 
 NEW = 12
@@ -196,3 +196,11 @@ def test_pipeline(model):
     assert batched == [generator(prompt, **options) for prompt in prompts]
     ids = generator(prompts[0], return_tensors=True, **options)[0]["generated_token_ids"]
     assert ids == greedy(model, torch.tensor([[3, 7, 12, 5, 9]]))[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["offloaded", "quantized"])
+def test_cache_implementation_without_effect_is_told(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(integration.logger, "warning_once", told.append)
+    tiny_model().generate(tokens(1, 4), max_new_tokens=2, cache_implementation=name)
+    assert any(f"cache_implementation={name!r} has no effect" in text for text in told)

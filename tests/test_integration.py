@@ -248,13 +248,31 @@ def test_sequence_split_by_torch_is_refused(model, monkeypatch):
 # ---- batches with nothing in them -----------------------------------------------------------------------------------
 
 
-def test_nothing_to_learn_gives_zero_gradients(model):
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=str)
+def test_nothing_to_learn_gives_zero_gradients(model, count):
+    """Trainer counts the labels of a step itself, and passes 0."""
     ids = tokens(2, 8)
-    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count).loss
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("cls", HEADS[1:])
+def test_losses_of_heads_are_those_of_transformers(cls):
+    """But where nothing is to be learnt: no token has a class, no answer is in the text."""
+    model, ids, ignored = tiny_model(cls, num_labels=2, layer_types=["slstm", "mlstm"]), tokens(2, 8), -100
+    names = ["labels"]
+    given = [torch.tensor([[0, 1, -100, 1, 1, 0, -100, 0], [1, 1, 0, 0, -100, -100, -100, -100]])]
+    if cls is xLSTMForQuestionAnswering:
+        names, given, ignored = ["start_positions", "end_positions"], [torch.tensor([2, 5]), torch.tensor([4, 9])], 99
+    loss = model(ids, **dict(zip(names, given, strict=True))).loss
+    model.loss_function = transformers.loss.loss_utils.LOSS_MAPPING[cls.__name__.removeprefix("xLSTM")]
+    assert relative_error(loss, model(ids, **dict(zip(names, given, strict=True))).loss) < 1e-6
+    loss = tiny_model(cls)(ids, **{name: torch.full_like(x, ignored) for name, x in zip(names, given)}).loss
+    loss.backward()
+    assert loss.item() == 0
 
 
 @pytest.mark.parametrize(
@@ -294,6 +312,25 @@ def test_cache_made_in_inference_mode_goes_on(model, then):
     if then == "grad":
         logits.sum().backward()
         model.zero_grad()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_cache_made_in_inference_mode_is_cropped_and_reset(model, use_cache):
+    """Both write to its tensors, outside of the mode; the model makes the cache there, or the caller outside."""
+    ids, cache = tokens(2, 9), xLSTMCache(model.config)
+    with torch.inference_mode():
+        if use_cache:
+            cache = model(ids[:, :5], use_cache=True).cache
+        else:
+            model(ids[:, :5], cache=cache)
+        cache.activate_past_recording()
+        model(ids[:, 5:], cache=cache)
+    cache.crop(-2)
+    assert relative_error(model(ids[:, 7:], cache=cache).logits, model(ids).logits[:, 7:]) < 1e-5
+    with torch.inference_mode():
+        model(ids, cache=cache)
+    cache.reset()
+    assert relative_error(model(ids, cache=cache).logits, model(ids).logits) < 1e-6
 
 
 def test_interrupted_pass_is_told(model):

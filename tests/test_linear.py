@@ -581,6 +581,17 @@ def test_counted_writes_are_noticed_at_once(change, name, products):
 
 @torch.no_grad()
 @needs_onednn
+def test_bias_comes_and_goes():
+    model, x = Layers(), inputs(2, 1, 24)
+    model.pack_for_decoding()
+    model(x)
+    for layer in (model.gate, model.up, model.down):
+        layer.bias = nn.Parameter(torch.ones(layer.out_features)) if layer.bias is None else None
+    assert relative_error(model(x), model.plain(x)) < 1e-6
+
+
+@torch.no_grad()
+@needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", UNCOUNTED_WRITES)
 @pytest.mark.parametrize("name", ["gate.weight", "gate.bias", "up.weight", "down.weight"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import MIXED, relative_error, tiny_model, tokens
+from common import MIXED, STACKS, relative_error, tiny_model, tokens
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
@@ -54,6 +54,16 @@ def test_flattening_collator(variant, collator):
     for name, parameter in model.named_parameters():
         # what reaches the biases of the gates nearly cancels
         assert relative_error(parameter.grad, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_hidden_states_have_the_shape_of_the_batch(stack):
+    model, ids = tiny_model(**STACKS[stack]), tokens(2, 12)
+    packed = model(ids, seq_idx=(torch.arange(12) // 4).expand(2, -1), output_hidden_states=True).hidden_states
+    separate = model(ids.view(6, 4), output_hidden_states=True).hidden_states
+    for x, y in zip(packed, separate, strict=True):
+        assert x.shape == (2, 12, 32)
+        assert relative_error(x, y.view(2, 12, 32)) < 1e-5
 
 
 def test_documents_do_not_see_each_other():

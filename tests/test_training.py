@@ -1,10 +1,11 @@
 """Training with Transformers' Trainer, in every setting that people use."""
 
+import copy
 import math
 
 import pytest
 import torch
-from common import MIXED, VOCAB_SIZE, relative_error, tiny_config, tiny_model
+from common import MIXED, STACKS, VOCAB_SIZE, relative_error, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -248,3 +249,67 @@ def test_loss_is_that_of_transformers(options):
     grads = [torch.autograd.grad(3 * loss, logits)[0] for loss in (actual, expected)]
     assert relative_error(*grads) < 1e-6
     assert tiny_model().loss_function is causal_lm_loss
+
+
+def gradients_of_rows(model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients (B, ...) of each row's summed loss as Opacus computes them: hooks keep the input of every layer
+    that has parameters of its own and the gradient of its output, and the layer is called again by `torch.func`."""
+    found, handles, parameters = {}, [], {p: name for name, p in model.named_parameters()}
+
+    def keep(layer, inputs, _output):
+        layer.kept = inputs[0].detach()
+
+    def differentiate(layer, _dinputs, doutputs):
+        own = dict(layer.named_parameters())
+        functional = copy.deepcopy(layer)
+        functional._forward_hooks.clear(), functional._backward_hooks.clear()
+
+        def loss(own, x, dy):
+            return (torch.func.functional_call(functional, own, x[None]) * dy).sum()
+
+        values = {name: p.detach() for name, p in own.items()}
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(values, layer.kept, doutputs[0])
+        for name, x in gradients.items():
+            found[parameters[own[name]]] = found.get(parameters[own[name]], 0) + x
+
+    def hook(module):
+        if list(module.parameters(recurse=False)):
+            module.ft_compute_sample_grad = differentiate  # what Opacus leaves there
+            handles.append(module.register_forward_hook(keep))
+            handles.append(module.register_full_backward_hook(differentiate))
+        else:
+            for child in module.children():
+                hook(child)
+
+    hook(model)
+    logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").backward()
+    return found
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("stack", STACKS)
+def test_opacus_finds_the_gradients_of_rows(stack, padding):
+    model = tiny_model(**STACKS[stack]).double()
+    ids, mask = tokens(3, 10), torch.ones(3, 10).long()
+    if padding:
+        mask[0, 6:] = mask[2, 9:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    rows = []
+    for row in range(3):
+        logits = model(ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, labels[row, 1:], reduction="sum")
+        rows.append(torch.autograd.grad(loss, list(model.parameters())))
+    found = gradients_of_rows(model, {"input_ids": ids, "attention_mask": mask}, labels)
+    for (name, _), expected in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        assert relative_error(found[name], torch.stack(expected)) < 1e-9, name
+
+
+@pytest.mark.parametrize("stack", ["slstm", "paper"])
+def test_opacus_cannot_see_a_mask(stack):
+    """The cell's layer is called again without."""
+    model, mask = tiny_model(**STACKS[stack]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(NotImplementedError, match="Opacus"):
+        gradients_of_rows(model, {"input_ids": tokens(2, 3), "attention_mask": mask}, tokens(2, 3))
+    with pytest.raises(NotImplementedError, match="Opacus"):
+        model(tokens(1, 4), seq_idx=torch.tensor([[0, 0, 1, 1]]))

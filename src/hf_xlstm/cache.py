@@ -320,16 +320,21 @@ class xLSTMCache(Cache):
                 "The last forward pass with this `cache` ended in the middle, so that its layers are at different "
                 "tokens. Start from a copy made before that pass, or `reset()` it and read the text again."
             )
+        self._leave_inference_mode()
+        # until `advance`: a pass that ends before (an interrupt, no memory left) has been through some layers only
+        self._is_in_pass = True
+
+    def _leave_inference_mode(self) -> None:
+        """Before anything is written outside of `torch.inference_mode` to what may have been made under it."""
         if not torch.is_inference_mode_enabled():
             for layer in self.layers:
                 layer.leave_inference_mode()
             if self.seen_tokens.is_inference():
                 self.seen_tokens = _keep_address(self.seen_tokens.clone())
-        # until `advance`: a pass that ends before (an interrupt, no memory left) has been through some layers only
-        self._is_in_pass = True
 
     def reset(self) -> None:
         """Forgets everything; the tensors stay where they are."""
+        self._leave_inference_mode()
         super().reset()
         self.seen_tokens.zero_()
         self._is_in_pass = False
@@ -338,6 +343,7 @@ class xLSTMCache(Cache):
         """Takes back the last `-tokens_to_remove` tokens, by running the layers again over the others of their forward
         pass. Needs `activate_past_recording()` before that pass; reaches back to the last crop."""
         tokens_to_remove = int(tokens_to_remove)  # up to 5.17 Transformers passes a tensor, which layers would share
+        self._leave_inference_mode()
         super().crop(tokens_to_remove)
         self.seen_tokens.add_(tokens_to_remove)
 

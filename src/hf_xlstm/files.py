@@ -7,6 +7,7 @@ next one that writes the same target: a process locks what it writes, and the sy
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -137,7 +138,7 @@ def _beside(target: Path, nbytes: int) -> Iterator[Path]:
     """A directory of this process beside `target`, locked, and removed after a failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is not None:
-        for leftover in target.parent.glob(f"{target.name}.partial-*"):
+        for leftover in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
             with locked(leftover) as mine:
                 if mine:
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -112,6 +112,17 @@ def _sequence_is_split() -> bool:
     return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor")
 
 
+def refuse_with_opacus(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
+    """Raises NotImplementedError for what a layer gets beside its input where Opacus has been given the layer: for the
+    gradients of each row it calls the layer again with the input alone. Padding behind a row's tokens makes no
+    difference to them."""
+    if cu_seqlens is not None or (mask is not None and (mask[:, 1:] > mask[:, :-1]).any()):
+        raise NotImplementedError(
+            "Opacus calls layers without mask and bounds, so that its gradients would be wrong for padding in front "
+            "of tokens and for packed documents. Pad on the right instead."
+        )
+
+
 class _CacheNames:
     """The names of the cache that outputs have from Transformers 5.24 on, beside `past_key_values`."""
 
@@ -396,6 +407,11 @@ class RecurrentGenerationMixin(GenerationMixin):
             return
         cache = model_kwargs[CACHE_NAME] = xLSTMCache(self.config)
         cache.is_static = "static" in (generation_config.cache_implementation or "")
+        if (generation_config.cache_implementation or "").startswith(("offloaded", "quantized")):
+            logger.warning_once(
+                f"cache_implementation={generation_config.cache_implementation!r} has no effect: the cache is the "
+                "recurrent state, of constant size, and stays where it is, as it is."
+            )
         if generation_config.is_assistant:
             cache.activate_past_recording()
         compiles_prefill = generation_config.prefill_chunk_size and self._valid_auto_compile_criteria(
@@ -438,6 +454,10 @@ class RecurrentGenerationMixin(GenerationMixin):
         if cache is not None and next_sequence_length is None:
             name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
             inputs[name] = inputs[name][:, unread(cache, inputs[name].shape[1], attention_mask) :]
+        if "prepare_inputs_for_generation" in vars(self) and cache is not None:
+            # PEFT's prompt tuning stands in for this method and looks for the cache under its old name: where it finds
+            # none, it puts the prompt in front of every token
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration: bool = True):
@@ -446,7 +466,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         size = generation_config.prefill_chunk_size
         if size is None:
             return self(**inputs, return_dict=True)
-        if inputs.get(CACHE_NAME) is None:
+        if all(inputs.get(name) is None for name in CACHE_NAMES):
             raise ValueError("`prefill_chunk_size` needs a cache: `use_cache=True`.")
         compiles = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         forward = self.get_compiled_call(generation_config.compile_config) if compiles else self.__call__

@@ -161,7 +161,10 @@ class MLSTMLayer(nn.Module):
         )
         if cache is not None:
             cache.update(state)
-        return joint_linear(self.multihead_norm(h, ogate), self.out_proj)[0]
+        norm = self.multihead_norm
+        # whoever hooks a layer, as Opacus does for the gradients of each row, expects that it has one input
+        h = torch.sigmoid(ogate) * norm(h) if norm._forward_hooks else norm(h, ogate)
+        return joint_linear(h, self.out_proj)[0]
 
 
 class HeadwiseLinear(nn.Module):

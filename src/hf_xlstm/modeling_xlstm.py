@@ -37,12 +37,13 @@ from .integration import (
     one_cache,
     refuse_split_sequence,
     refuse_unknown,
+    refuse_with_opacus,
     with_cache_name,
 )
 from .layers import FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer
 from .linear import PackedWeightsMixin, joint_linear
 from .paper import PaperLayerNorm, add_paper_layers
-from .pointwise import cross_entropy, soft_cap
+from .pointwise import mean_cross_entropy, soft_cap
 
 
 logger = logging.get_logger(__name__)
@@ -84,16 +85,22 @@ class xLSTMBlock(GradientCheckpointingLayer):
         mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, T, D), mask (B, T) bool, cu_seqlens (N + 1,) with B = 1; returns (B, T, D)."""
+        """hidden_states (B, T, D), mask (B, T) bool; returns (B, T, D). Bounds cu_seqlens (N + 1,) are those of the
+        flattened batch, and so is then the mask (1, B T)."""
         if self.layer_type == "mlstm":
             norm, layer = self.norm_mlstm, self.mlstm_layer
         else:
             norm, layer = self.norm_slstm, self.slstm_layer
+        if hasattr(layer, "ft_compute_sample_grad"):
+            refuse_with_opacus(mask, cu_seqlens)
         x = norm(hidden_states)
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None and layer_cache.record_past:
             layer_cache.record(layer, x, mask)
-        hidden_states = hidden_states + layer(x, cache=layer_cache, mask=mask, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:
+            x = x.flatten(0, 1).unsqueeze(0)
+        x = layer(x, cache=layer_cache, mask=mask, cu_seqlens=cu_seqlens)
+        hidden_states = hidden_states + x.reshape(hidden_states.shape)
         return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
 
 
@@ -206,18 +213,21 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 raise ValueError("Gradient checkpointing cannot continue a `cache`: switch one of them off.")
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids)
-        batch_size, length = inputs_embeds.shape[:2]
-        if length == 0:
-            raise ValueError("The input has no tokens.")
-
+        batch_size, length = input_size(input_ids, inputs_embeds)
         mask = padding_mask(attention_mask, batch_size, length)
+        if cache is None and attention_mask is not None and attention_mask.shape[1] > length:
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.shape[1]} columns for {length} tokens: more are for the tokens "
+                "that a `cache` has read, and there is none."
+            )
         cu_seqlens = packed_bounds(seq_idx, cu_seq_lens_q, position_ids, mask, inputs_embeds)
-        if cu_seqlens is not None:
+        if cu_seqlens is None:
+            check_mask_values(attention_mask)
+        else:
             if cache is not None:
                 raise ValueError("Packed sequences start anew: they cannot continue a `cache`.")
             use_cache = False
             mask = None if mask is None else mask.reshape(1, -1)
-            inputs_embeds = inputs_embeds.reshape(1, batch_size * length, -1)
         if cache is None and use_cache:
             cache = xLSTMCache(self.config)
         if cache is not None and not torch.compiler.is_compiling():
@@ -228,7 +238,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         hidden_states = self.out_norm(hidden_states)
         if cache is not None:
             cache.advance(length, hidden_states.device)
-        return ModelOutput(last_hidden_state=hidden_states.reshape(batch_size, length, -1), **{CACHE_NAME: cache})
+        return ModelOutput(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _run_blocks(
         self,
@@ -255,6 +265,18 @@ class xLSTMModel(xLSTMPreTrainedModel):
         return hidden_states
 
 
+def input_size(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> tuple[int, int]:
+    """B and T, of `inputs_embeds` that may come from `input_ids`."""
+    name, x, layout = "inputs_embeds", inputs_embeds, "(B, T, D)"
+    if input_ids is not None:
+        name, x, layout = "input_ids", input_ids, "(B, T)"
+    if inputs_embeds.ndim != 3:
+        raise ValueError(f"`{name}` must have shape {layout}, got {tuple(x.shape)}.")
+    if 0 in inputs_embeds.shape[:2]:
+        raise ValueError(f"The input has no tokens: `{name}` has shape {tuple(x.shape)}.")
+    return inputs_embeds.shape[:2]
+
+
 def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
     """The mask (B, T) bool of the new tokens, from one that may include past ones; None if none of them is padding."""
     if attention_mask is None:
@@ -266,6 +288,18 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     return None if is_readable(mask) and mask.all() else mask
+
+
+def check_mask_values(attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a mask of more than 0 and 1 where nothing else tells documents apart: some packers number
+    them there, and attention knows masks of 0 and -inf. Read as a mask, both would be wrong in silence."""
+    if attention_mask is None or attention_mask.dtype == torch.bool or not is_readable(attention_mask):
+        return
+    if (attention_mask != attention_mask.bool()).any():
+        raise ValueError(
+            "`attention_mask` must hold 1 for tokens and 0 for padding. Packed documents are told by `seq_idx`, "
+            "`cu_seq_lens_q` or `position_ids`."
+        )
 
 
 def packed_bounds(
@@ -337,8 +371,7 @@ def causal_lm_loss(
     Args:
         logits: (B, T, vocabulary).
         labels: (B, T), shifted inside; `shift_labels` (B, T) are not.
-        num_items_in_batch: what the sum is divided by; by default the number of labels that are not `ignore_index`,
-            and 1 where there is none, so that nothing to learn gives a loss and gradients of 0.
+        num_items_in_batch: what the sum is divided by; by default the number of labels that are not `ignore_index`.
     """
     for name, x in (("labels", labels), ("shift_labels", shift_labels)):
         if x is not None and x.shape != logits.shape[:-1]:
@@ -347,12 +380,28 @@ def causal_lm_loss(
             )
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    shift_labels = shift_labels.flatten().to(logits.device)
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != ignore_index).sum().clamp_min(1)
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return cross_entropy(logits.view(-1, vocab_size), shift_labels, ignore_index) / num_items_in_batch
+    return mean_cross_entropy(logits.view(-1, vocab_size), shift_labels.flatten(), num_items_in_batch, ignore_index)
+
+
+def token_classification_loss(logits: torch.Tensor, labels: torch.LongTensor, config, **kwargs) -> torch.Tensor:
+    """The mean cross entropy of the classes of tokens, logits (B, T, classes), labels (B, T), -100 left out."""
+    return causal_lm_loss(logits.to(gate_dtype(logits.dtype)), None, config.num_labels, shift_labels=labels)
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.LongTensor,
+    end_positions: torch.LongTensor,
+    **kwargs,
+) -> torch.Tensor:
+    """The mean cross entropy of first and last token of the answer, logits (B, T), positions (B,). Positions from T
+    on, answers that have been cut off, are left out."""
+    length, losses = start_logits.shape[1], []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        positions = positions.flatten().clamp(0, length)
+        losses.append(mean_cross_entropy(logits.to(gate_dtype(logits.dtype)), positions, ignore_index=length))
+    return sum(losses) / 2
 
 
 class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -511,6 +560,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_function = token_classification_loss
         self.post_init()
 
 
@@ -524,6 +574,7 @@ class xLSTMForQuestionAnswering(GenericForQuestionAnswering, xLSTMPreTrainedMode
         super(GenericForQuestionAnswering, self).__init__(config)
         self.backbone = xLSTMModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.loss_function = question_answering_loss
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -56,6 +56,18 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int 
     return _CrossEntropy.apply(logits, labels, ignore_index)[0]
 
 
+def mean_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None, ignore_index: int = -100
+) -> torch.Tensor:
+    """The cross entropy of logits (N, classes) and labels (N,), summed and divided by `count`, by default the number
+    of labels that are not `ignore_index`. Where that is 0, loss and gradients are 0, and not 0 / 0."""
+    labels = labels.to(logits.device)
+    if count is None:
+        count = (labels != ignore_index).sum()
+    count = count.to(logits.device).clamp_min(1) if torch.is_tensor(count) else max(count, 1)
+    return cross_entropy(logits, labels, ignore_index) / count
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(gate_dtype(x.dtype))
 

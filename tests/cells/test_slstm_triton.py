@@ -70,7 +70,7 @@ def test_opcheck(options):
     torch.library.opcheck(torch.ops.hf_xlstm.slstm_forward.default, (*args, mask, cu_seqlens, True))
     _, weight, _, *state = inputs
     h, *final, saved, c = torch.ops.hf_xlstm.slstm_forward(*inputs, mask, cu_seqlens, True)
-    tensors = (h, *final[:3], weight, *state[:3], mask, cu_seqlens, h, saved, c)
+    tensors = (h, *final[:3], weight, *state[:3], final[2], mask, cu_seqlens, h, saved, c)
     tensors = tuple(None if x is None else x.detach() for x in tensors)
     torch.library.opcheck(torch.ops.hf_xlstm.slstm_backward.default, tensors)
 

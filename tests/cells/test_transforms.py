@@ -212,6 +212,8 @@ def test_transforms_are_refused_on_triton(op):
         torch.func.vmap(loss)(*(torch.stack([x, x]) for x in inputs))
     with refused:
         torch.func.jvp(loss, tuple(inputs), tuple(inputs))
+    with refused, torch.autograd.forward_ad.dual_level():
+        loss(*(torch.autograd.forward_ad.make_dual(x, x) for x in inputs))
     leaves = [x.requires_grad_() for x in inputs]
     with refused:
         torch.autograd.grad(loss(*leaves).expand(1), leaves, torch.ones(2, 1), is_grads_batched=True)

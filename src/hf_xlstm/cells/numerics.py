@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,15 +81,17 @@ def first_derivatives_only(op: str, backend: str) -> NoReturn:
 
 
 def no_transforms(op: str, backend: str, *tensors: torch.Tensor | None) -> None:
-    """Raises NotImplementedError inside the transforms of `torch.func`, of which forward mode would be wrong in
-    silence, and where one of the tensors is a batched gradient."""
+    """Raises NotImplementedError inside the transforms of `torch.func`, in forward-mode differentiation outside of
+    them, and where one of the tensors is a batched gradient. A custom operator has no forward mode: its outputs would
+    come without tangents, and the derivative out as 0, without a word."""
     if torch.compiler.is_compiling():
         return
     batched = any(x is not None and is_legacy_batched(x) for x in tensors)
-    if batched or torch._C._functorch.peek_interpreter_stack() is not None:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if batched or transformed:
         raise NotImplementedError(
-            f"`{op}` cannot run under the transforms of torch.func, nor with batched gradients, on the {backend} "
-            "backend. backend='torch' and backend='reference' can."
+            f"`{op}` cannot run under the transforms of torch.func, in forward mode, nor with batched gradients, on "
+            f"the {backend} backend. backend='reference' can, and backend='torch' all but forward mode."
         )
 
 

@@ -12,6 +12,9 @@ at every step, BK x BD at a time, from the caches. Its state stays in memory: c 
 h, which every tile of the next step reads, in two buffers, taken in turn, so that one barrier per step is enough.
 The backward pass does likewise, with the gradients of the gates in the place of h.
 
+m is the sum of two floats, m and its rest: next to an m of 1e5, one float32 could not tell tokens apart that compete,
+nor keep what an open forget gate takes away. n = 1 while the kernel runs; a final state has the rest, as n = e^rest.
+
 The forward pass keeps u, sigmoid(-f), tanh(z), sigmoid(o) and c for the backward pass.
 
 Names: p_ pointers, b_ values of a tile, o_ offsets. Masks: in_n sequences that exist [BB], in_d units that exist [BD],
@@ -131,24 +134,35 @@ def load_weights(
 
 @triton.jit
 def load_state(p_h, p_c, p_n, p_m, places, inside):
-    """h, c and m of a state, brought to n = 1. Where nothing is stored, m = -inf."""
+    """h, c, m and its rest of a state, brought to n = 1. Where nothing is stored, m = -inf."""
     b_n = tl.load(p_n + places, mask=inside, other=0.0)
     empty = b_n == 0.0
     b_n = tl.where(empty, 1.0, b_n)
     b_c = tl.where(empty, 0.0, tl.load(p_c + places, mask=inside, other=0.0) / b_n)
-    b_m = tl.where(empty, float("-inf"), tl.load(p_m + places, mask=inside, other=0.0) + tl.log(b_n))
-    return tl.load(p_h + places, mask=inside, other=0.0), b_c, b_m
+    b_m = tl.where(empty, float("-inf"), tl.load(p_m + places, mask=inside, other=0.0))
+    return tl.load(p_h + places, mask=inside, other=0.0), b_c, b_m, tl.log(b_n)
 
 
 @triton.jit
-def cell(b_i, b_f, b_z, b_o, b_c, b_m):
-    """c, m and what the backward pass needs: u, sigmoid(-f), tanh(z), sigmoid(o)."""
-    kept = log_sigmoid(b_f) + b_m
+def add(a, b):
+    """a + b, rounded, and what the rounding left (Knuth's sum of two): nothing of an infinite sum, nor of LOWEST."""
+    total = a + b
+    b_in_total = total - a
+    rest = (a - (total - b_in_total)) + (b - b_in_total)
+    return total, tl.where(tl.abs(total) < -LOWEST, rest, 0.0)
+
+
+@triton.jit
+def cell(b_i, b_f, b_z, b_o, b_c, b_m, b_rest):
+    """c, m and its rest, and what the backward pass needs: u, sigmoid(-f), tanh(z), sigmoid(o)."""
+    kept, rest = add(b_m, log_sigmoid(b_f))
+    rest += b_rest
     b_i = tl.maximum(b_i, LOWEST)
-    b_u = b_i - kept
+    b_u = (b_i - kept) - rest
     b_z = tanh(b_z)
-    b_m = tl.maximum(kept, b_i) + tl.log(1.0 + tl.exp(-tl.abs(b_u)))
-    return b_c + sigmoid(b_u) * (b_z - b_c), b_m, b_u, sigmoid(-b_f), b_z, sigmoid(b_o)
+    b_m, b_rest = add(tl.where(b_u > 0.0, b_i, kept), tl.log(1.0 + tl.exp(-tl.abs(b_u))))
+    b_rest += tl.where(b_u > 0.0, 0.0, rest)
+    return b_c + sigmoid(b_u) * (b_z - b_c), b_m, b_rest, b_u, sigmoid(-b_f), b_z, sigmoid(b_o)
 
 
 @triton.jit
@@ -215,7 +229,7 @@ def forward_resident_kernel(
     inside = has_state[:, None] & in_d[None, :]  # [BB, BD]
     w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, 1, D, H, D, DOT)  # [BD_in, BD_out]
     o_state = (state_row * stride_state_row + h * D)[:, None] + o_d[None, :]
-    b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)  # [BB, BD]
+    b_h, b_c, b_m, b_rest = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)  # [BB, BD]
 
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
@@ -237,10 +251,11 @@ def forward_resident_kernel(
         b_f = tl.dot(b_h_before, w_f, acc=x_f.to(tl.float32) + bias_f[None, :], input_precision=PRECISION)
         b_z = tl.dot(b_h_before, w_z, acc=x_z.to(tl.float32) + bias_z[None, :], input_precision=PRECISION)
         b_o = tl.dot(b_h_before, w_o, acc=x_o.to(tl.float32) + bias_o[None, :], input_precision=PRECISION)
-        new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)  # [BB, BD]
+        new_c, new_m, new_rest, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m, b_rest)  # [BB, BD]
         b_live = live[:, None] & inside
         b_c = tl.where(b_live, new_c, b_c)
         b_m = tl.where(b_live, new_m, b_m)
+        b_rest = tl.where(b_live, new_rest, b_rest)
         b_h = tl.where(b_live, b_o * new_c, b_h)
         touched |= live
 
@@ -255,8 +270,9 @@ def forward_resident_kernel(
 
     # A sequence without a step keeps its state as it is, even its n.
     untouched = inside & (touched == 0)[:, None]
-    b_n = tl.load(p_n_initial + o_state, mask=untouched, other=1.0)
-    b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c)
+    b_m, b_rest = add(b_m, b_rest)
+    b_n = tl.where(untouched, tl.load(p_n_initial + o_state, mask=untouched, other=0.0), tl.exp(b_rest))
+    b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c * b_n)
     b_m = tl.where(untouched, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), b_m)
     tl.store(p_h_final + o_state, b_h, mask=inside)
     tl.store(p_c_final + o_state, b_c, mask=inside)
@@ -276,7 +292,7 @@ def forward_streamed_kernel(
     p_c_initial,
     p_n_initial,
     p_m_initial,
-    p_h_final,  # h, c and m of n = 1 from step to step
+    p_h_final,  # from step to step h, c and m of n = 1, and in p_n_final the rest of m
     p_c_final,
     p_n_final,
     p_m_final,
@@ -316,9 +332,10 @@ def forward_streamed_kernel(
         o_d = first + tl.arange(0, BD)
         inside = has_state[:, None] & (o_d < D)[None, :]
         o_state = o_state_head[:, None] + o_d[None, :]
-        b_h, b_c, b_m = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
+        b_h, b_c, b_m, b_rest = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
         tl.store(p_h_final + o_state, b_h, mask=inside)
         tl.store(p_c_final + o_state, b_c, mask=inside)
+        tl.store(p_n_final + o_state, b_rest, mask=inside)
         tl.store(p_m_final + o_state, b_m, mask=inside)
         tl.store(p_h_before + o_head[:, None] + o_d[None, :], b_h.to(p_h_before.dtype.element_ty), mask=inside)
     tl.debug_barrier()
@@ -356,11 +373,13 @@ def forward_streamed_kernel(
             b_h = tl.load(p_h_final + o_state, mask=inside, other=0.0)
             b_c = tl.load(p_c_final + o_state, mask=inside, other=0.0)
             b_m = tl.load(p_m_final + o_state, mask=inside, other=0.0)
-            new_c, new_m, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m)  # [BB, BD]
+            b_rest = tl.load(p_n_final + o_state, mask=inside, other=0.0)
+            new_c, new_m, new_rest, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m, b_rest)  # [BB, BD]
             b_c = tl.where(b_live, new_c, b_c)
             b_h = tl.where(b_live, b_o * new_c, b_h)
             tl.store(p_h_final + o_state, b_h, mask=b_live)
             tl.store(p_c_final + o_state, b_c, mask=b_live)
+            tl.store(p_n_final + o_state, new_rest, mask=b_live)
             tl.store(p_m_final + o_state, new_m, mask=b_live)
             tl.store(p_write + o_head[:, None] + o_d[None, :], b_h.to(p_h_before.dtype.element_ty), mask=inside)
 
@@ -378,9 +397,15 @@ def forward_streamed_kernel(
         inside = has_state[:, None] & (o_d < D)[None, :]
         untouched = inside & (touched == 0)[:, None]
         o_state = o_state_head[:, None] + o_d[None, :]
-        tl.store(p_n_final + o_state, tl.load(p_n_initial + o_state, mask=untouched, other=1.0), mask=inside)
-        tl.store(p_c_final + o_state, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), mask=untouched)
-        tl.store(p_m_final + o_state, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), mask=untouched)
+        b_c = tl.load(p_c_final + o_state, mask=inside, other=0.0)
+        b_m = tl.load(p_m_final + o_state, mask=inside, other=0.0)
+        b_m, b_rest = add(b_m, tl.load(p_n_final + o_state, mask=inside, other=0.0))
+        b_n = tl.where(untouched, tl.load(p_n_initial + o_state, mask=untouched, other=0.0), tl.exp(b_rest))
+        b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c * b_n)
+        b_m = tl.where(untouched, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), b_m)
+        tl.store(p_n_final + o_state, b_n, mask=inside)
+        tl.store(p_c_final + o_state, b_c, mask=inside)
+        tl.store(p_m_final + o_state, b_m, mask=inside)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

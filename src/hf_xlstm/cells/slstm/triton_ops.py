@@ -55,6 +55,7 @@ def slstm_backward(
     h0: torch.Tensor,
     c0: torch.Tensor,
     n0: torch.Tensor,
+    n_final: torch.Tensor,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     h: torch.Tensor,
@@ -62,16 +63,18 @@ def slstm_backward(
     c: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
-    dfinal = (dh_final, dc_final, dn_final)
+    before, touched = _history(h, mask, cu_seqlens)
+    # the last c and n = 1 came out times n_final, except where no step was taken and c0, n0 themselves came out
+    n_final = torch.where(touched[:, None, None], n_final, 1)
+    dfinal = (dh_final, dc_final * n_final, dn_final * n_final)
     initial_c = torch.where(n0 == 0, 0, c0 / n0).contiguous()
     dgates, dh0, dc0, dn0 = launch.run_backward(
         dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, _plan(dh)
     )
-    before, touched = _history(h, mask, cu_seqlens)
     h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
     with without_autocast(h.device):
         d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before).contiguous()
-    # c0 / n0 went in, except where no step was taken and c0, n0 themselves came out
+    # c0 / n0 went in
     scale = torch.where(touched[:, None, None], torch.where(n0 == 0, 0, 1 / n0), 1)
     return dgates, d_weight, dgates.sum((0, 1), dtype=torch.float32), dh0, dc0 * scale, dn0 * scale
 
@@ -91,7 +94,7 @@ def _history(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tenso
 
 
 @slstm_backward.register_fake
-def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, c0, n0, mask, cu_seqlens, h, saved, c):
+def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, c0, n0, n_final, mask, cu_seqlens, h, saved, c):
     B, T, H, D = h.shape
     d_parameters = h.new_empty(4, H, D, D), h0.new_empty(4, H, D)
     return h.new_empty(B, T, 4, H, D), *d_parameters, *(h0.new_empty(h0.shape) for _ in range(3))
@@ -99,15 +102,15 @@ def _(dh, dh_final, dc_final, dn_final, recurrent_weight, h0, c0, n0, mask, cu_s
 
 def _save(ctx, inputs, output):
     _, recurrent_weight, _, h0, c0, n0, _, mask, cu_seqlens, _ = inputs
-    h, _, _, _, m, saved, c = output
-    ctx.save_for_backward(recurrent_weight, h0, c0, n0, mask, cu_seqlens, h, saved, c)
+    h, _, _, n_final, m, saved, c = output
+    ctx.save_for_backward(recurrent_weight, h0, c0, n0, n_final, mask, cu_seqlens, h, saved, c)
     ctx.mark_non_differentiable(m, saved, c)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dh, dh_final, dc_final, dn_final, *_):
     no_transforms("slstm", "triton", dh, dh_final, dc_final, dn_final)
-    h0, h = ctx.saved_tensors[1], ctx.saved_tensors[6]
+    h0, h = ctx.saved_tensors[1], ctx.saved_tensors[7]
     dh = torch.zeros_like(h) if dh is None else dh
     d_final = (torch.zeros_like(h0) if d is None else d for d in (dh_final, dc_final, dn_final))
     return *slstm_backward(dh, *d_final, *ctx.saved_tensors), None, None, None, None
