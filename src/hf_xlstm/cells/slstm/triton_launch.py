@@ -19,8 +19,8 @@ def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
     """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None.
 
     Nothing depends on T or on the batch size. benchmarks/gpu/kernel_resources.py reports the registers and the shared
-    memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it without
-    spilling.
+    memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it with
+    hardly a spill (24 bytes, in training).
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
     half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. On
