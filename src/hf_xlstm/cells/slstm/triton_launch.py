@@ -24,7 +24,7 @@ def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
     half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. On
-    Blackwell float32 spills all the same unless it has 16 warps, so there it gets 16.
+    Blackwell float32 spills far more unless it has 16 warps, so there it gets 16.
     """
     bf16 = dtype == torch.bfloat16
     maxnreg = None if dtype == torch.float32 else 255
