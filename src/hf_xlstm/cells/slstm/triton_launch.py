@@ -19,12 +19,12 @@ def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
     """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None.
 
     Nothing depends on T or on the batch size. benchmarks/gpu/kernel_resources.py reports the registers and the shared
-    memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it without
-    spilling.
+    memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it with
+    hardly a spill (24 bytes, in training).
 
     A multiprocessor has one program at most, which may take all registers. Left to itself, NVIDIA's compiler saves
     half of them for a second one, and spills; float32, without matrix instructions, it unrolls to use them up. On
-    Blackwell float32 spills all the same unless it has 16 warps, so there it gets 16.
+    Blackwell float32 spills far more unless it has 16 warps, so there it gets 16.
     """
     bf16 = dtype == torch.bfloat16
     maxnreg = None if dtype == torch.float32 else 255
