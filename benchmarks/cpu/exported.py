@@ -36,7 +36,14 @@ from benchmarks.peers import HF_XLSTM, cache_argument, cache_of
 from benchmarks.provenance import commit, relative_error, seconds, significant
 from hf_xlstm import xLSTMForCausalLM
 from hf_xlstm.commands.helpers.bits_per_byte import bits_per_byte
-from hf_xlstm.export import PROGRAMS, RUNTIMES, export_onnx, write_programs, xLSTMExportedForCausalLM
+from hf_xlstm.export import (
+    PROGRAMS,
+    RUNTIMES,
+    export_onnx,
+    share_weights,
+    write_programs,
+    xLSTMExportedForCausalLM,
+)
 from hf_xlstm.files import appearing
 
 
@@ -103,6 +110,8 @@ def write_llama(
     """As `hf_xlstm.export.write_programs`."""
     for program, path in onnx_files.items():
         RUNTIMES[format].save(path, directory / program, weights, "")
+    if format == "openvino":
+        share_weights(directory)
 
 
 class ExportedLlama:
@@ -110,7 +119,8 @@ class ExportedLlama:
 
     def __init__(self, directory: Path, format: str):
         suffix = RUNTIMES[format].suffix
-        self.prefill, self.decode = (RUNTIMES[format](directory / f"{x}{suffix}") for x in ("prefill", "decode"))
+        self.prefill, self.decode = (RUNTIMES[format](directory / f"{program}{suffix}") for program in PROGRAMS)
+        self.states = sum(name.startswith("state.") for name in self.decode.inputs)  # keys and values of every layer
 
     def __call__(self, input_ids: torch.Tensor, cache: dict | None = None, **options) -> SimpleNamespace:
         """The cache is a dictionary of arrays, which is updated."""
@@ -120,7 +130,7 @@ class ExportedLlama:
         else:
             cache, results = {}, self.prefill(inputs)
         # copies, because the next call overwrites the results
-        cache |= {i: results[f"new_state.{i}"].copy() for i in range(len(results) - 1)}
+        cache |= {i: results[f"new_state.{i}"].copy() for i in range(self.states)}
         return SimpleNamespace(logits=torch.from_numpy(results["logits"].copy()), cache=cache)
 
 

@@ -205,7 +205,7 @@ def write_programs(
     for program, path in onnx_files.items():
         runtime.save(path, directory / program, weights, export_id)
     if format == "openvino":
-        _share_weights(*(directory / f"{program}.xml" for program in PROGRAMS))
+        share_weights(directory)
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
@@ -220,9 +220,9 @@ def _need(module: str):
         raise ImportError(f"This needs the package {module}: pip install 'hf-xlstm[export]'") from error
 
 
-def _share_weights(first: Path, second: Path) -> None:
-    """Lets the second of two programs of OpenVINO read its constants from the file of the first, which gets those that
-    only the second has."""
+def share_weights(directory: Path) -> None:
+    """Lets the second program of OpenVINO in a directory read its constants from the file of the first, which gets
+    those that only the second has."""
 
     def constants(tree: ElementTree.ElementTree) -> Iterator[tuple[ElementTree.Element, slice]]:
         for layer in tree.iter("layer"):
@@ -231,11 +231,12 @@ def _share_weights(first: Path, second: Path) -> None:
                 start = int(data.get("offset"))
                 yield data, slice(start, start + int(data.get("size")))
 
-    paths, offsets = [path.with_suffix(".bin") for path in (first, second)], {}
+    programs = [directory / f"{program}.xml" for program in PROGRAMS]
+    paths, offsets = [path.with_suffix(".bin") for path in programs], {}
     contents = np.memmap(paths[0], mode="r")
-    for _, place in constants(ElementTree.parse(first)):
+    for _, place in constants(ElementTree.parse(programs[0])):
         offsets.setdefault(hashlib.sha256(contents[place]).digest(), place.start)
-    tree, contents = ElementTree.parse(second), np.memmap(paths[1], mode="r")
+    tree, contents = ElementTree.parse(programs[1]), np.memmap(paths[1], mode="r")
     with paths[0].open("ab") as file:
         for data, place in constants(tree):
             key = hashlib.sha256(contents[place]).digest()
@@ -244,7 +245,7 @@ def _share_weights(first: Path, second: Path) -> None:
                 offsets[key] = file.tell()
                 file.write(contents[place])
             data.set("offset", str(offsets[key]))
-    tree.write(second)
+    tree.write(programs[1])
     paths[1].unlink()
 
 
@@ -280,8 +281,10 @@ class OpenVINOProgram:
     def __init__(self, path: Path):
         openvino = _need("openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        # both programs read the weights of the first
-        program = openvino.Core().read_model(path, path.with_name(f"{PROGRAMS[0]}.bin"))
+        weights = path.with_suffix(".bin")
+        if not weights.is_file():  # `share_weights`
+            weights = path.with_name(f"{PROGRAMS[0]}.bin")
+        program = openvino.Core().read_model(path, weights)
         self.export_id = program.get_rt_info(_ID).astype(str) if program.has_rt_info(_ID) else None
         self.inputs = {name for port in program.inputs for name in port.names}
         self._program = openvino.Core().compile_model(program, "CPU", options)
