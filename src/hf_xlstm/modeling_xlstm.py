@@ -541,7 +541,9 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
         logits = self.score(last)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            count = (labels != -100).sum().clamp_min(1)  # of classes: nothing to learn gives a loss of 0, not 0 / 0
+            options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": count}
+            loss = self.loss_function(logits=logits, labels=labels, **options)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: outputs.cache}
         )
