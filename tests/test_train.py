@@ -211,7 +211,7 @@ def test_schedules(schedule):
 
 
 def test_budget():
-    assert Budget(60.0, None).done(30.0, 10**6) == 0.5 and Budget(60.0, None).done(90.0, 0) == 1
+    assert Budget(60.0, 0).done(30.0, 10**6) == 0.5 and Budget(60.0, 0).done(90.0, 0) == 1
     assert Budget(None, 10).done(1e9, 0) == 0.05 and Budget(None, 10).done(0.0, 9) == 0.95
 
 

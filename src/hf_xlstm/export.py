@@ -19,6 +19,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ _ID = "hf_xlstm_export_id"  # in the metadata of both programs and of the manife
 def state_shapes(config: xLSTMConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of the state, by names such as "0.c", in their order, with their shapes without the batch."""
     heads, paper = config.num_heads, config.block_family == "paper"
-    cells = {"mlstm": (heads, config.qk_head_dim, config.v_head_dim)}
+    cells: dict[str, tuple[int, ...]] = {"mlstm": (heads, config.qk_head_dim, config.v_head_dim)}
     cells["slstm"] = (config.slstm_num_heads or heads, config.slstm_head_dim)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, layer_type in enumerate(config.layers_block_type):
         cell = cells[layer_type]
         for name in STATE_NAMES[layer_type]:
@@ -64,7 +65,7 @@ def state_shapes(config: xLSTMConfig) -> dict[str, tuple[int, ...]]:
         if layer_type == "slstm":
             taps, width = config.slstm_conv_kernel_size, config.hidden_size
         else:
-            taps, width = (config.mlstm_conv_kernel_size, config.mlstm_inner_dim) if paper else (0, 0)
+            taps, width = (config.mlstm_conv_kernel_size, config.v_dim) if paper else (0, 0)
         if taps > 0:
             shapes[f"{index}.conv"] = (taps - 1, width)
     return shapes
@@ -276,7 +277,10 @@ class _ONNXProgram:
         return dict(zip(self._outputs, self._program.run(self._outputs, inputs), strict=True))
 
 
-_RUNTIMES = {"openvino": _OpenVINOProgram, "onnx": _ONNXProgram}
+_RUNTIMES: dict[str, type[_OpenVINOProgram] | type[_ONNXProgram]] = {
+    "openvino": _OpenVINOProgram,
+    "onnx": _ONNXProgram,
+}
 
 
 class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -366,7 +370,7 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         cu_seq_lens_q: torch.LongTensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | tuple:
         """As `xLSTMForCausalLM.forward`; what the programs do not have raises NotImplementedError."""
         refuse_unknown(kwargs)
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
@@ -395,7 +399,8 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
                 raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
             loss = self.loss_function(logits, labels, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        outputs = CausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: cache if use_cache else None})
+        named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        outputs = CausalLMOutput(loss=loss, logits=logits, **named)
         return outputs.to_tuple() if return_dict is False else outputs
 
     def _read(

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D model width, H heads, K query/key and V value head di
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +110,15 @@ class xLSTMPreTrainedModel(LoadingMixin, PackedWeightsMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": xLSTMBlock}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """The weights that xLSTM-7B, or the paper's models, started from; called for every module after its children.
         Linear maps have standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019, "small init"); what a layer
         changes of that is in its `initialize`."""
         if isinstance(module, (nn.Linear, nn.Embedding, HeadwiseLinear)):
             init.normal_(module.weight, std=math.sqrt(2 / (5 * self.config.hidden_size)))
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
         elif hasattr(module, "initialize"):
             module.initialize(self.config)
 
@@ -131,6 +133,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
     >>> outputs = model(torch.tensor([[4]]), cache=outputs.cache)  # goes on from there
     ```
     """
+
+    embeddings: nn.Module
+    out_norm: nn.Module
 
     def __init__(self, config: xLSTMConfig):
         super().__init__(config)
@@ -228,7 +233,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         hidden_states = self.out_norm(hidden_states)
         if cache is not None:
             cache.advance(length, hidden_states.device)
-        return ModelOutput(last_hidden_state=hidden_states.reshape(batch_size, length, -1), **{CACHE_NAME: cache})
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        return ModelOutput(last_hidden_state=hidden_states.reshape(batch_size, length, -1), **named)
 
     def _run_blocks(
         self,
@@ -375,7 +381,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: xLSTMConfig):
@@ -450,7 +456,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.backbone = xLSTMModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -510,7 +516,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
         self.backbone = xLSTMModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

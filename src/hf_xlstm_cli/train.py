@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import Parser, existing, positive, positive_int
 from .presets import DEFAULT, SCHEDULES, SIZES, slstm_positions
@@ -32,7 +33,7 @@ def trainer_option(text: str) -> tuple[str, object]:
 
 def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__)
-    paths = {"nargs": "+", "type": existing, "metavar": "FILE"}
+    paths: dict[str, Any] = {"nargs": "+", "type": existing, "metavar": "FILE"}
 
     text = parser.add_argument_group("text (by default the State of the Union addresses)")
     text.add_argument("--data", **paths, help="UTF-8 texts, a document each; .jsonl and .parquet, a document a record")

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     TrainingArguments,
@@ -54,7 +56,7 @@ FEW_STEPS = 100  # of a training by the clock: on an idle machine the quickstart
 BYTES_PER_PARAMETER = 4 + 3 * 12  # the model, and three checkpoints with AdamW's moments
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> xLSTMForCausalLM:
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new model, or with `--model` an old one to go on with."""
     if args.model:
         model = load_model(args.model)
@@ -321,11 +323,11 @@ def train(
     else:
         data = Windows(tokens, args.sequence_length)
     checkpoint = last_checkpoint(work)
-    budget = Budget(60 * args.minutes if args.minutes else None, None if args.minutes else arguments.max_steps)
+    budget = Budget(60 * args.minutes if args.minutes else None, arguments.max_steps)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     over = budget.is_over(progress)
     set_seed(args.seed)
-    model = load_model(checkpoint) if over else build_model(args, tokenizer)
+    model = load_model(checkpoint) if checkpoint is not None and over else build_model(args, tokenizer)
     parameters = model.num_parameters()
     if first:
         check_room(args.output, BYTES_PER_PARAMETER * parameters if checkpoint is None else 0)
@@ -367,7 +369,8 @@ def train(
             print(f"interrupted after step {steps}: the same command goes on from there", file=sys.stderr)
         return 128 + control.signal
 
-    bits = bits_per_byte(trainer.model, tokenizer, corpus.heldout)
+    trained: Any = trainer.model  # which may be wrapped
+    bits = bits_per_byte(trained, tokenizer, corpus.heldout)
     if not math.isfinite(bits):
         raise UserError(f"the held-out text costs {bits} bits per byte: nothing is saved; lower --learning-rate")
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None

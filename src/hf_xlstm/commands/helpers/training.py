@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.files import write_text
@@ -35,10 +35,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """When the training ends: after `seconds` or after `steps`, the other one is None."""
+    """When the training ends: after `seconds`, or if that is None after `steps`."""
 
     seconds: float | None
-    steps: int | None
+    steps: int
 
     def done(self, seconds: float, step: int) -> float:
         """The part that lies behind, 0 to 1, in the middle of a step that begins now."""
@@ -102,7 +102,7 @@ class Run(TrainerCallback):
         self._saved = self.progress.seconds if state.global_step else -math.inf
         by_time = self.budget.seconds is not None
         self.bar = tqdm(
-            total=round(self.budget.seconds) if by_time else self.budget.steps,
+            total=self.budget.steps if self.budget.seconds is None else round(self.budget.seconds),
             initial=round(self.progress.seconds) if by_time else state.global_step,
             desc="training",
             unit="s" if by_time else "step",
@@ -194,8 +194,16 @@ class RunTrainer(Trainer):
     The first batch item `first` (B,) tells the windows that begin with a zero state.
     """
 
-    def __init__(self, *args, run: Run, schedule: str = "cosine", stateful: bool = False, **kwargs):
-        super().__init__(*args, callbacks=[run], **kwargs)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        run: Run,
+        schedule: str = "cosine",
+        stateful: bool = False,
+        **kwargs,
+    ):
+        super().__init__(model, arguments, callbacks=[run], **kwargs)
         self.run, self.schedule, self.stateful = run, schedule, stateful
         self.states: xLSTMCache | None = None
         run.save_states = self.save_states
@@ -203,7 +211,7 @@ class RunTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer if optimizer is None else optimizer,
+                self.optimizer if optimizer is None else optimizer,  # type: ignore[arg-type]
                 lambda step: self.run.learning_rate_factor(step, self.schedule),
             )
         return self.lr_scheduler
