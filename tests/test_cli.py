@@ -44,6 +44,7 @@ WRONG = {
     "no output": ["train", "--data", __file__],
     "size": ["train", "--output", "x", "--size", "8b"],
     "steps": ["train", "--output", "x", "--steps", "inf"],
+    "minutes": ["train", "--output", "x", "--minutes", "ten"],
     "no model": ["generate"],
     "temperature": ["generate", "runs/x", "--temperature", "nan"],
     "tokens": ["generate", "runs/x", "--max-new-tokens", "many"],

@@ -489,6 +489,7 @@ def pickled(x) -> bytes:
         ("config.json", b"[1]"),
         ("config.json", b'{"model_type": "xlstm", "hidden_size": "wide"}'),
         ("config.json", b'{"model_type": "xlstm", "_xlstm_config": {}}'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": 32}'),
         ("model.safetensors", b""),
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value[:20]),

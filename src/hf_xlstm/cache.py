@@ -246,8 +246,8 @@ class xLSTMCache(Cache):
     ```python
     >>> cache = xLSTMCache(model.config)
     >>> model(prompt_ids, cache=cache)
-    >>> cache.save_pretrained("prompt")  # a few MB, however long the prompt
-    >>> model.generate(all_ids, cache=xLSTMCache.from_pretrained("prompt"))  # reads what comes after the prompt
+    >>> cache.save_pretrained("runs/prompt")  # a few MB, however long the prompt
+    >>> model.generate(all_ids, cache=xLSTMCache.from_pretrained("runs/prompt"))  # reads what comes after the prompt
     ```
 
     `copy.deepcopy(cache)` is another conversation from the same point. `batch_repeat_interleave`, `reorder_cache` and

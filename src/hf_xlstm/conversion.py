@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
 from .files import appearing
-from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
+from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields, is_wrapper
 from .formats.tensors import DTYPES, TensorFiles
 from .formats.weights import Layout, check_names, convert, drop_tied_head, rules_from_foreign
 from .hub import save_code
@@ -176,6 +176,10 @@ def convert_checkpoint(
 def read_configuration(source: Path) -> xLSTMConfig:
     """The configuration in a directory. Raises ValueError naming the file if it does not describe a model."""
     try:
+        fields, _ = xLSTMConfig.get_config_dict(source)
+        kind = fields.get("model_type", xLSTMConfig.model_type)
+        if kind != xLSTMConfig.model_type and not is_wrapper(fields):
+            raise ValueError(f"its type is {kind}, not {xLSTMConfig.model_type}.")
         return xLSTMConfig.from_pretrained(source)
     except OSError:  # which names it
         raise

@@ -1,6 +1,6 @@
 """Conversations that never read twice: snapshots of the state, found again by the text that led to it.
 
-    store = StateStore(directory="states")
+    store = StateStore(directory="runs/states")
 
     cache = store.find(model, ids)  # what has been read of the beginning of the text, in this or an earlier process
     output = model.generate(ids, cache=cache)  # reads the rest

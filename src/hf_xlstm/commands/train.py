@@ -35,11 +35,13 @@ from .helpers.models import load_model, load_tokenizer, read_config
 from .helpers.report import write_report
 from .helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
 from .helpers.training import (
+    FEW_STEPS,
     Budget,
     Progress,
     Run,
     RunTrainer,
     bf16_is_faster,
+    few_steps,
     is_whole,
     last_checkpoint,
     read_progress,
@@ -52,7 +54,6 @@ CONFIGURATION = "run.json"
 # what a run leaves, and the next one in its place does not keep
 OUTPUTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "loss_curve.png", "report.md", WORK)
 YARDSTICK_BYTES = 64 * 2**20  # of longer texts an n-gram model and lzma would take too long
-FEW_STEPS = 100  # of a training by the clock: on an idle machine the quickstart makes several hundred
 BYTES_PER_PARAMETER = 4 + 3 * 12  # the model, and three checkpoints with AdamW's moments
 
 
@@ -168,7 +169,8 @@ def claim_output(args: argparse.Namespace, wanted: dict) -> None:
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(f"{output} is the current directory, or above it: run from elsewhere")
     if not args.overwrite:
-        for found in (output / CONFIGURATION, work / CONFIGURATION):
+        # what failed before it had a checkpoint, by a wrong option or text, is no run to protect
+        for found in (output / CONFIGURATION, *([work / CONFIGURATION] if last_checkpoint(work) else [])):
             old = json.loads(found.read_text(encoding="utf-8")) if found.exists() else wanted
             differences = [
                 f"{name} {old.get(name)} instead of {wanted.get(name)}"
@@ -268,8 +270,7 @@ def warn(metrics: dict) -> None:
     better = [f"{name} ({value:.2f})" for name, value in metrics["yardsticks"].items() if value < bits]
     text = f"warning: {bits:.2f} bits per byte" + (f", worse than {', '.join(better)}" if better else "")
     if metrics["arguments"]["minutes"] and steps < FEW_STEPS:
-        text += f": {steps} steps in {seconds:.0f} s are few: the machine is busy or slow, or the time short. "
-        text += "Give more --minutes or a number of --steps, stop what else is running, or train a smaller model."
+        text += f": {few_steps(steps, seconds)}"
     elif better:
         text += ": train for longer, or with more text."
     else:

@@ -35,6 +35,8 @@ def check_directory(name: str | Path) -> None:
     """Raises UserError as `check_name`, and for a directory that has no model."""
     check_name(name)
     path = Path(name)
+    if not path.exists() and len(path.parts) == 1:  # on the Hub an owner comes first
+        raise UserError(f"{path} does not exist")
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", "config.yaml")):
         raise UserError(f"{path} has no model: neither config.json nor config.yaml")
 
@@ -43,5 +45,6 @@ def _named(name: str | Path, what: str, load):
     try:
         return load()
     except Exception as error:  # of whatever kind: damaged files raise a dozen different ones
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
         raise UserError(f"{name}: cannot load the {what}: {reason}") from error

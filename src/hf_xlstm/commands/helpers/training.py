@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,18 @@ class Progress:
     seconds: float = 0.0  # of training, over all sittings
     train_curve: list[tuple[float, float]] = field(default_factory=list)  # (minutes, nats per token)
     heldout_curve: list[tuple[float, float]] = field(default_factory=list)  # (minutes, bits per byte)
+
+
+FORETELL = 0.1  # the part of the time after which it can be told how many steps the rest will make
+FEW_STEPS = 100  # of a training by the clock: on an idle machine the quickstart makes several hundred
+
+
+def few_steps(steps: int, seconds: float) -> str:
+    """Why a training by the clock makes few steps, and what helps."""
+    return (
+        f"{steps} steps in {seconds:.0f} s are few: the machine is busy or slow, or the time short. Give more "
+        "--minutes or a number of --steps, stop what else is running, or train a smaller model."
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Run(TrainerCallback):
         self._received = 0
         self._began = self._before = self._saved = 0.0
         self._first_step = 0
+        self._foretold = False
 
     def learning_rate_factor(self, step: int, schedule: str) -> float:
         return learning_rate_factor(self.budget.done(self.progress.seconds, step), schedule)
@@ -130,6 +144,10 @@ class Run(TrainerCallback):
             done = self.budget.done(seconds, state.global_step)
             if over or done >= len(self.progress.heldout_curve) / self.evaluations:
                 self.progress.heldout_curve.append((seconds / 60, self.evaluate(kwargs["model"])))
+            if not self._foretold and self.budget.seconds is not None and done >= FORETELL:
+                self._foretold = True
+                if state.global_step < FEW_STEPS * done and state.is_world_process_zero:
+                    self.bar.write(f"warning: {few_steps(state.global_step, seconds)}", file=sys.stderr)
         if control.should_training_stop or seconds - self._saved >= self.save_every:
             control.should_save = True
         self._show(state)
