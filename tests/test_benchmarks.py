@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import provenance, tables
-from benchmarks.cpu import breakdown, generation, harness, ops, serving, slstm_loops, speculative, training
+from benchmarks.cpu import breakdown, generation, harness, ops, serving, slstm_loops, speculative, training, waiting
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
 
@@ -22,6 +22,7 @@ SCRIPTS = [
     (speculative, ["records"]),
     (serving, ["steps/*", "requests", "second_turn"]),
     pytest.param(slstm_loops, ["*"], marks=slow),
+    pytest.param(waiting, ["*/busy"], marks=slow),
     pytest.param(generation, ["compile/*/float32"], marks=slow),
     pytest.param(generation, ["memory/*/float32/*"], marks=slow),
     pytest.param(training, ["memory/*/float32/*"], marks=slow),
