@@ -44,6 +44,8 @@ WRONG = {
     "no output": ["train", "--data", __file__],
     "size": ["train", "--output", "x", "--size", "8b"],
     "steps": ["train", "--output", "x", "--steps", "inf"],
+    "vocabulary": ["train", "--output", "x", "--vocab-size", "10"],
+    "decay": ["train", "--output", "x", "--weight-decay", "nan"],
     "minutes": ["train", "--output", "x", "--minutes", "ten"],
     "no model": ["generate"],
     "temperature": ["generate", "runs/x", "--temperature", "nan"],

@@ -31,7 +31,7 @@ from hf_xlstm_cli.presets import DEFAULT, SIZES, slstm_positions
 
 from .helpers.bits_per_byte import bits_per_byte
 from .helpers.corpus import Corpus, files, hub_dataset, num_bytes, pieces, state_of_the_union
-from .helpers.models import load_model, load_tokenizer, read_config
+from .helpers.models import check_directory, load_model, load_tokenizer, read_config
 from .helpers.report import write_report
 from .helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
 from .helpers.training import (
@@ -281,6 +281,10 @@ def warn(metrics: dict) -> None:
 def run(args: argparse.Namespace) -> int:
     """A whole training, from its options to its results; the exit status."""
     need("matplotlib", "train")
+    if args.model:
+        check_directory(args.model)
+    if args.config:
+        read_config(args.config)
     if args.bf16 is None:
         args.bf16 = choose_bf16(args.output)
     arguments = training_arguments(args)

@@ -8,6 +8,9 @@ from hf_xlstm import xLSTMConfig
 from hf_xlstm_cli.errors import UserError
 
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
 def load_model(name: str | Path, **kwargs) -> PreTrainedModel:
     check_directory(name)
     return _named(name, "model", lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs))
@@ -15,7 +18,15 @@ def load_model(name: str | Path, **kwargs) -> PreTrainedModel:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     check_name(name)
+    if not has_tokenizer(name):
+        raise UserError(f"{name} has no tokenizer")
     return _named(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name))
+
+
+def has_tokenizer(name: str | Path) -> bool:
+    """Whether a model comes with a tokenizer; one on the Hub is taken to."""
+    path = Path(name)
+    return not path.is_dir() or any(x for pattern in TOKENIZER_FILES for x in path.glob(pattern))
 
 
 def read_config(path: Path) -> xLSTMConfig:
