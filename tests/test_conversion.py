@@ -507,6 +507,12 @@ def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["foreign"]
 
 
+def test_a_cache_that_has_read_nothing_is_no_state_of_the_package():
+    config = tiny_model(layer_types=MIXED).config
+    with pytest.raises(ValueError, match="has read no token"):
+        conversion.cache_to_xlstm(xLSTMCache(config), config)
+
+
 def test_source_that_is_no_directory(tmp_path):
     """And no name of a repository on the Hub."""
     with pytest.raises(NotADirectoryError, match="some/name is not a directory"):
