@@ -65,9 +65,10 @@ test-vllm: $(VLLM_STAMP)  ## the vLLM plugin against vLLM's engine, in an enviro
 gpu:  ## prove and measure the kernels on a GPU in nine minutes, with the python that has torch there
 	$(PYTHON) benchmarks/gpu/prove.py --minutes 9 --out $(GPU_RUN)
 
-lint: $(STAMP)  ## ruff: lint and format, changing nothing
+lint: $(STAMP)  ## ruff and mypy: lint, format and types, changing nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 format: $(STAMP)  ## ruff: fix and format in place
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -88,5 +89,5 @@ release-check:  ## build, check and try both distributions in a clean environmen
 	tests/release_check.sh "$(TORCH)"
 
 clean:  ## remove the virtual environments, runs and caches
-	rm -rf $(VENV) .venvs $(VLLM_VENV) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs $(VLLM_VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

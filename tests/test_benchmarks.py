@@ -8,7 +8,18 @@ import torch
 from common import tiny_model
 
 from benchmarks import provenance, tables
-from benchmarks.cpu import breakdown, exported, generation, harness, ops, serving, slstm_loops, speculative, training
+from benchmarks.cpu import (
+    breakdown,
+    exported,
+    generation,
+    harness,
+    ops,
+    serving,
+    slstm_loops,
+    speculative,
+    training,
+    waiting,
+)
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
@@ -24,6 +35,7 @@ SCRIPTS = [
     (speculative, ["records"]),
     (serving, ["steps/*", "requests", "second_turn"]),
     pytest.param(slstm_loops, ["*"], marks=slow),
+    pytest.param(waiting, ["*/busy"], marks=slow),
     pytest.param(generation, ["compile/*/float32"], marks=slow),
     pytest.param(generation, ["memory/*/float32/*"], marks=slow),
     pytest.param(training, ["memory/*/float32/*"], marks=slow),

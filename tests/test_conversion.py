@@ -489,6 +489,7 @@ def pickled(x) -> bytes:
         ("config.json", b"[1]"),
         ("config.json", b'{"model_type": "xlstm", "hidden_size": "wide"}'),
         ("config.json", b'{"model_type": "xlstm", "_xlstm_config": {}}'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": 32}'),
         ("model.safetensors", b""),
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
@@ -504,6 +505,12 @@ def test_damaged_source_is_named_in_one_line(name, contents, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(source / name) in line
     assert os.listdir(tmp_path) == ["foreign"]
+
+
+def test_a_cache_that_has_read_nothing_is_no_state_of_the_package():
+    config = tiny_model(layer_types=MIXED).config
+    with pytest.raises(ValueError, match="has read no token"):
+        conversion.cache_to_xlstm(xLSTMCache(config), config)
 
 
 def test_source_that_is_no_directory(tmp_path):

@@ -1,6 +1,7 @@
 """`hf-xlstm train`: what it reads, when it stops, and that nothing is lost."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 from common import MIXED, relative_error, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 from hf_xlstm.commands import train
@@ -32,7 +33,7 @@ from hf_xlstm.commands.helpers.corpus import (
     num_bytes,
 )
 from hf_xlstm.commands.helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
-from hf_xlstm.commands.helpers.training import Budget, RunTrainer, learning_rate_factor
+from hf_xlstm.commands.helpers.training import Budget, Run, RunTrainer, learning_rate_factor
 from hf_xlstm_cli import run_verb
 from hf_xlstm_cli.errors import UserError
 from hf_xlstm_cli.presets import SCHEDULES, SIZES, slstm_positions
@@ -211,7 +212,7 @@ def test_schedules(schedule):
 
 
 def test_budget():
-    assert Budget(60.0, None).done(30.0, 10**6) == 0.5 and Budget(60.0, None).done(90.0, 0) == 1
+    assert Budget(60.0, 0).done(30.0, 10**6) == 0.5 and Budget(60.0, 0).done(90.0, 0) == 1
     assert Budget(None, 10).done(1e9, 0) == 0.05 and Budget(None, 10).done(0.0, 9) == 0.95
 
 
@@ -325,6 +326,14 @@ def test_ended_run_goes_on_to_the_identical_losses(number, options, data, script
     weights, expected = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(weights.pop(name), x) for name, x in expected.items()) and not weights
     assert not (output / "checkpoints").exists()
+
+
+def test_a_wrong_call_is_not_in_the_way_of_the_next(data, script, tmp_path):
+    wrong, options = tmp_path / "wrong.txt", ["--output", tmp_path / "run", "--steps", "1"]
+    wrong.write_bytes(b"\xff\xfe and so on " * 99)
+    status, message = script("--data", wrong, *options)
+    assert status == 2 and "not UTF-8" in message
+    assert script("--data", data, *options)[0] == 0
 
 
 @needs_fork
@@ -483,6 +492,21 @@ def test_a_disappointing_result_is_explained(fields, expected, capsys):
     train.warn(metrics | {"arguments": {"minutes": 3.0}} | fields)
     warning = capsys.readouterr().err
     assert expected in warning and bool(expected) == bool(warning)
+
+
+@pytest.mark.parametrize(("step_seconds", "warns"), [(1.0, False), (10.0, True)])
+def test_few_steps_are_foretold_once(step_seconds, warns, capsys):
+    now = itertools.count(0.0, step_seconds)
+    run = Run(Budget(180.0, 0), evaluate=lambda model: 2.0, clock=lambda: next(now))
+    state, control = TrainerState(), TrainerControl()
+    try:
+        run.on_train_begin(None, state, control)
+        for state.global_step in range(1, 1 + int(180 / step_seconds)):
+            run.on_step_end(None, state, control, model=None)
+        assert control.should_training_stop
+    finally:
+        run.on_train_end(None, state, control)
+    assert capsys.readouterr().err.count("warning: 2 steps in 20 s are few: the machine is busy") == warns
 
 
 # ---- docs/training.md

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
+import hf_xlstm
 from hf_xlstm import env, versions
 from hf_xlstm_cli.env import parse
 
@@ -26,6 +27,11 @@ def test_pyproject_and_makefile_follow_the_tested_range():
         assert (tested[0], tested[-1]) == tuple(map(versions.minor, versions.TESTED[name]))
     pinned = re.search(r"^transformers==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
     assert versions.minor(pinned) == versions.minor(newest)
+
+
+def test_citation_has_the_version():
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M).group(1)
+    assert cited == hf_xlstm.__version__
 
 
 def test_hooks_lint_as_make_does():

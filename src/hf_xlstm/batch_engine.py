@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StopStringCriteria
@@ -88,7 +89,7 @@ class Request:
     def __post_init__(self):
         eos = self.config.eos_token_id
         self.eos = {int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]) if token is not None}
-        self.group = id(self)
+        self.group: int | str = id(self)
         if all(type(processor) in ROW_WISE for processor in self.processors):
             settings = [(type(p).__name__, sorted(vars(p).items())) for p in self.processors]
             self.group = repr((self.config.do_sample, settings))
@@ -101,6 +102,12 @@ class Request:
             replace(self, id=name, new=[], logprobs=[], timestamps=[], created=time.perf_counter(), started=-1)
             for name in names
         ]
+
+    @property
+    def own_cache(self) -> xLSTMCache:
+        """The cache of one row, which is there while the prompt is read."""
+        assert self.cache is not None
+        return self.cache
 
     @property
     def tokens(self) -> list[int]:
@@ -196,7 +203,8 @@ class Rows:
     """The states of the requests that write: the first rows of tensors with room for more."""
 
     def __init__(self, config):
-        self.cache, self.config, self.count = None, config, 0
+        self.cache: xLSTMCache | None = None  # of all rows, if there are any
+        self.config, self.count = config, 0
         self._room: list[dict[str, torch.Tensor]] = []
 
     def append(self, cache: xLSTMCache) -> None:
@@ -280,7 +288,7 @@ class BatchEngine:
         self.writing: list[Request] = []  # in the order of their rows
         self.rows = Rows(model.config)
         self.tokens_read = 0  # by the model, padding left out
-        self._blank = None
+        self._blank: list[dict[str, torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -317,6 +325,7 @@ class BatchEngine:
 
     def _write(self) -> None:
         requests = self.writing[:]
+        assert self.rows.cache is not None
         try:
             logits = self._forward([[request.new[-1]] for request in requests], self.rows.cache)
         except Exception as error:  # in the middle of the pass: layers are at different tokens
@@ -375,7 +384,8 @@ class BatchEngine:
         if requests[0].processors:
             row_wise = isinstance(requests[0].group, str)  # which do not look at the text
             text = [request.tokens[-1:] if row_wise else request.tokens for request in requests]
-            scores = requests[0].processors(torch.tensor(text, device=scores.device), scores)
+            ids: Any = torch.tensor(text, device=scores.device)
+            scores = requests[0].processors(ids, scores)
         drawn = torch.ones(len(requests), dtype=torch.bool, device=scores.device)
         if requests[0].config.do_sample:
             probabilities = scores.softmax(-1)
@@ -384,7 +394,7 @@ class BatchEngine:
             tokens = torch.multinomial(probabilities, 1, generator=self.generator)
         else:
             tokens = scores.argmax(-1, keepdim=True)
-        logprobs = [None] * len(requests)
+        logprobs: list[float | None] = [None] * len(requests)
         if self.logprobs:
             logprobs = scores.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
         drawn = drawn.tolist()
@@ -398,7 +408,7 @@ class BatchEngine:
         while self.waiting and len(self.writing) + len(self.reading) < self.max_rows:
             request = self.waiting.popleft()
             request.started = time.perf_counter()
-            if request.cache is not None:  # a copy, whose prompt has been read
+            if request.cache is not None and request.logits is not None:  # a copy, whose prompt has been read
                 self._begin_writing([request], request.logits)
                 continue
             request.status = RequestStatus.PREFILLING
@@ -435,7 +445,8 @@ class BatchEngine:
     def _read(self) -> None:
         """A piece of as many prompts as fit side by side. Those that are not at their end queue again, so that a long
         prompt does not keep the short ones waiting."""
-        requests, pieces = [], []
+        requests: list[Request] = []
+        pieces: list[list[int]] = []
         for request in self.reading:
             border = next(border for border in request.borders if border > request.read)
             piece = request.prompt[request.read : min(border, request.read + self.prefill_tokens)]
@@ -450,7 +461,7 @@ class BatchEngine:
     def _read_pieces(self, requests: list[Request], pieces: list[list[int]]) -> None:
         alone = len(requests) == 1
         try:
-            caches = [request.cache for request in requests]
+            caches = [request.own_cache for request in requests]
             joint = caches[0] if alone else side_by_side(self.model.config, caches)
             logits = self._forward(pieces, joint)
         except Exception as error:
@@ -464,11 +475,11 @@ class BatchEngine:
             request.read += len(piece)
             request.read_here += len(piece)
             if not alone:
-                for layer, whole in zip(request.cache.layers, joint.layers):
+                for layer, whole in zip(request.own_cache.layers, joint.layers):
                     _set(layer, {name: x[index : index + 1].clone() for name, x in whole.tensors().items()})
-            request.cache.seen_tokens.fill_(request.read)
+            request.own_cache.seen_tokens.fill_(request.read)
             if request.read in request.borders and self._may_keep(request):
-                self._keep(request, request.cache)
+                self._keep(request, request.own_cache)
         complete = [index for index, request in enumerate(requests) if request.read == len(request.prompt)]
         done = [requests[index] for index in complete]
         self.reading = [request for request in self.reading if request not in done]
@@ -478,7 +489,7 @@ class BatchEngine:
         for index, request in enumerate(requests):
             request.logits = logits[index : index + 1]
             self.waiting.extendleft(reversed(request.take_copies()))
-            self.rows.append(request.cache)
+            self.rows.append(request.own_cache)
             self.writing.append(request)
             request.cache = request.logits = None
         if requests:
@@ -494,6 +505,7 @@ class BatchEngine:
     def _keep(self, request: Request, cache: xLSTMCache) -> None:
         layers = [{name: x.cpu().clone() for name, x in layer.tensors().items()} for layer in cache.layers]
         tokens = request.tokens[: request.read]
+        assert self.store is not None and request.weights is not None
         self.store.add(request.weights[0], tokens, cache_of(self.model.config, layers, request.read))
 
     def _end(self, request: Request, status: RequestStatus, error: str | None = None) -> None:

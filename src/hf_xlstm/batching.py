@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import logging
@@ -59,6 +60,11 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             not to use the store. What else can be set there is about pages, and refused.
     """
 
+    # narrower, or never None, in the class above
+    model: Any
+    generation_config: Any
+    _generation_thread: Any
+
     def __init__(
         self,
         model,
@@ -78,14 +84,16 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         self.warmed_up = True  # there is nothing to warm up
         self._new: queue.Queue[Request] = queue.Queue(options.max_queue_size)
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._number, self._expected, self._ids = 0, {}, set()  # of requests that have not ended
+        self._number = 0
+        self._expected: dict[str, tuple] = {}
+        self._ids: set[str] = set()  # of requests that have not ended
         self._outputs: deque[Output] = deque()
         self._handlers: dict[str, tuple[Callable, asyncio.AbstractEventLoop]] = {}
         self._changed = threading.Condition()  # guards all of these and what follows
         self._ending: str | None = None  # "flush" or "now"
         self._pauses, self._paused = 0, False
         self._running = False
-        self._generation_thread: threading.Thread | None = None
+        self._generation_thread = None
         self._make_engine()
 
     def _make_engine(self) -> None:
@@ -247,9 +255,13 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
         streaming: bool = False,
         record_timestamps: bool = False,
         **parameters,
-    ) -> list[str]:
+    ) -> list[str | None]:
         """`add_request` for several texts."""
-        options = {"max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "streaming": streaming,
+            "record_timestamps": record_timestamps,
+        }
         return [self.add_request(input_ids, **options, **parameters) for input_ids in inputs]
 
     def expect(self, request_id: str, generation_config: GenerationConfig, tokenizer=None) -> None:

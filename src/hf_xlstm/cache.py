@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,6 +66,12 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
         layer_type: `"mlstm"` or `"slstm"`.
         shape: sizes of the state as in `state_specs`; they tell the state of another model.
     """
+
+    # tensors, and their device, or None before the first token
+    recurrent_states: dict[int, Any]
+    conv_states: dict[int, Any]
+    device: Any
+    dtype: Any
 
     def __init__(self, layer_type: str, shape: tuple[int, ...]):
         super().__init__(number_of_states=len(STATE_NAMES[layer_type]))
@@ -241,13 +248,17 @@ class xLSTMCache(Cache):
     ```python
     >>> cache = xLSTMCache(model.config)
     >>> model(prompt_ids, cache=cache)
-    >>> cache.save_pretrained("prompt")  # a few MB, however long the prompt
-    >>> model.generate(all_ids, cache=xLSTMCache.from_pretrained("prompt"))  # reads what comes after the prompt
+    >>> cache.save_pretrained("runs/prompt")  # a few MB, however long the prompt
+    >>> model.generate(all_ids, cache=xLSTMCache.from_pretrained("runs/prompt"))  # reads what comes after the prompt
     ```
 
     `copy.deepcopy(cache)` is another conversation from the same point. `batch_repeat_interleave`, `reorder_cache` and
     `batch_select_indices` work on its rows. After `activate_past_recording()`, `crop(-n)` takes back n tokens.
     """
+
+    layers: list[xLSTMCacheLayer]  # type: ignore[assignment]  # of layers of any kind, in the class above
+    #: The `fingerprint` of the weights that it was read by, if it comes from a `StateStore`.
+    read_by: str
 
     def __init__(self, config: xLSTMConfig):
         self._make(state_specs(config))
@@ -449,7 +460,7 @@ def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str
     """SHA-256 of all tensors and of what the file says about them."""
     digest = hashlib.sha256(json.dumps([metadata[name] for name in ("layers", "seen_tokens")]).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -20,7 +20,7 @@ LAYER_TYPES = ("mlstm", "slstm")
 BLOCK_FAMILIES = ("large", "paper")
 
 # The fields in which the paper's models differ from the defaults here.
-PAPER_FIELDS = {
+PAPER_FIELDS: dict[str, Any] = {
     "block_family": "paper",
     "norm_eps": 1e-5,
     "gate_soft_cap": None,
@@ -143,7 +143,7 @@ class xLSTMConfig(PreTrainedConfig):
     }
 
     # attributes of a configuration that belongs to certain files, not fields of a model
-    save_id = None  # see `TensorFiles.check_save`
+    save_id = None  # type: str | None  # see `TensorFiles.check_save`
     transformers_weights = None  # Transformers' name for the first file of the weights
 
     vocab_size: int = 50304
@@ -194,6 +194,10 @@ class xLSTMConfig(PreTrainedConfig):
     return_last_states: bool = True
     autocast_kernel_dtype: str = "bfloat16"
     inference_state_dtype: str = "float32"
+
+    if TYPE_CHECKING:  # which knows of the fields above only, not of other names for them such as `slstm_at`
+
+        def __init__(self, **fields: Any) -> None: ...
 
     @classmethod
     def paper(cls, **fields) -> "xLSTMConfig":
@@ -357,12 +361,15 @@ class xLSTMConfig(PreTrainedConfig):
     @property
     def qk_dim(self) -> int:
         """Query/key width H K of all mLSTM heads."""
-        return self.mlstm_inner_dim if self.block_family == "paper" else int(self.hidden_size * self.qk_dim_factor)
+        if self.block_family == "paper":
+            assert self.mlstm_inner_dim is not None  # `__post_init__` gives it a value
+            return self.mlstm_inner_dim
+        return int(self.hidden_size * self.qk_dim_factor)
 
     @property
     def v_dim(self) -> int:
         """Value width H V of all mLSTM heads."""
-        return self.mlstm_inner_dim if self.block_family == "paper" else int(self.hidden_size * self.v_dim_factor)
+        return self.qk_dim if self.block_family == "paper" else int(self.hidden_size * self.v_dim_factor)
 
     @property
     def qk_head_dim(self) -> int:

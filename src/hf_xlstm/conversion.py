@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .cache import xLSTMCache
 from .configuration_xlstm import xLSTMConfig
 from .files import appearing
-from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields
+from .formats.configs import config_to_large, config_to_wrapper, config_to_xlstm, ffn_fields, is_wrapper
 from .formats.tensors import DTYPES, TensorFiles
 from .formats.weights import Layout, check_names, convert, drop_tied_head, rules_from_foreign
 from .hub import save_code
@@ -78,7 +78,10 @@ class PickledTensors:
         """Nothing to check: a pickle does not say of which save it is."""
 
 
-def open_tensors(directory: Path) -> TensorFiles | PickledTensors:
+AnyTensors = TensorFiles | PickledTensors
+
+
+def open_tensors(directory: Path) -> AnyTensors:
     """The tensors of the checkpoint in a directory: of its safetensors files, or else of its only pickle."""
     paths = sorted(directory.glob("*.safetensors"))
     if paths:
@@ -173,6 +176,10 @@ def convert_checkpoint(
 def read_configuration(source: Path) -> xLSTMConfig:
     """The configuration in a directory. Raises ValueError naming the file if it does not describe a model."""
     try:
+        fields, _ = xLSTMConfig.get_config_dict(source)
+        kind = fields.get("model_type", xLSTMConfig.model_type)
+        if kind != xLSTMConfig.model_type and not is_wrapper(fields):
+            raise ValueError(f"its type is {kind}, not {xLSTMConfig.model_type}.")
         return xLSTMConfig.from_pretrained(source)
     except OSError:  # which names it
         raise
@@ -183,7 +190,7 @@ def read_configuration(source: Path) -> xLSTMConfig:
         raise ValueError(f"{file} does not describe a model: {error}") from error
 
 
-def steps_to_native(files: TensorFiles | PickledTensors, config: xLSTMConfig) -> list[Step]:
+def steps_to_native(files: AnyTensors, config: xLSTMConfig) -> list[Step]:
     """The steps from a checkpoint of any layout to the parameters of an `xLSTMForCausalLM`.
 
     `config` is changed to fit the tensors: implementations round the width of the feed-forward layers differently.
@@ -207,7 +214,7 @@ def steps_to_native(files: TensorFiles | PickledTensors, config: xLSTMConfig) ->
     return steps
 
 
-def steps_to_foreign(files: TensorFiles | PickledTensors, config: xLSTMConfig, layout: Layout) -> list[Step]:
+def steps_to_foreign(files: AnyTensors, config: xLSTMConfig, layout: Layout) -> list[Step]:
     """The steps from a checkpoint of this package to one of another layout."""
     found = Layout.of(files.paths)
     if found != Layout("hf_xlstm"):
@@ -249,7 +256,8 @@ def check_shapes(
 
 
 def split_into_shards(steps: list[Step], outputs: dict[str, torch.Tensor], max_shard_size: int) -> list[list[Step]]:
-    shards, free = [[]], max_shard_size
+    shards: list[list[Step]] = [[]]
+    free = max_shard_size
     for step in steps:
         nbytes = sum(outputs[name].nbytes for name in step.outputs)
         if nbytes > free and shards[-1]:
@@ -276,7 +284,8 @@ def write_safetensors(
 ) -> None:
     """The library's own writer wants all tensors of a file at once; this one takes one at a time, in the order of
     `header`, which has their shapes and dtypes."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, x in header.items():
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
@@ -287,13 +296,13 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for x in tensors:
-            file.write(_bytes(x).numpy())
+            file.write(_bytes(x).numpy().data)
             progress(x.nbytes)
         file.flush()
         os.fsync(file.fileno())  # a name must not survive a crash that the contents did not
 
 
-def compare(steps: list[Step], files: TensorFiles, written: TensorFiles, progress: Callable[[int], object]) -> None:
+def compare(steps: list[Step], files: AnyTensors, written: AnyTensors, progress: Callable[[int], object]) -> None:
     """Raises OSError unless what is written is what follows from the source."""
     for step in steps:
         for name, expected in step.run(files.read).items():
@@ -358,10 +367,12 @@ def cache_from_xlstm(state: dict[str, dict], config: xLSTMConfig, seen_tokens: i
 
 
 def cache_to_xlstm(cache: xLSTMCache, config: xLSTMConfig) -> dict[str, dict]:
-    """The state for `xLSTMLMModel.step` to go on from."""
-    state = {}
+    """The state for `xLSTMLMModel.step` to go on from. Raises ValueError before the first token."""
+    state: dict[str, dict] = {}
     for index, layer in enumerate(cache.layers):
         foreign = state[f"block_{index}"] = {}
+        if layer.state is None:
+            raise ValueError("`cache` has read no token: there is no state to go on from.")
         if layer.conv_state is not None:  # the oldest input leaves with the next step
             foreign["conv_state"] = (torch.nn.functional.pad(layer.conv_state, (0, 0, 1, 0)),)
         if layer.layer_type == "mlstm":

@@ -11,6 +11,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from .versions import TESTED
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "triton", "peft", "trl")
 # the kinds of stack that take different paths through the model
-STACKS = {
+STACKS: dict[str, dict[str, Any]] = {
     "mLSTM": {"layer_types": ["mlstm", "mlstm"]},
     "sLSTM and mLSTM": {"layer_types": ["slstm", "mlstm"], "slstm_conv_kernel_size": 4},
     "paper": {"layer_types": ["mlstm", "slstm"], "block_family": "paper", "gate_soft_cap": None},
@@ -112,11 +113,11 @@ def _outcome(measure: Callable[[], float]) -> tuple[bool, str]:
     return error < 1e-4, f"relative error {error:.1e}"
 
 
-def tiny_model(device: str, fields: dict) -> xLSTMForCausalLM:
+def tiny_model(device: str, fields: dict[str, Any]) -> xLSTMForCausalLM:
     """A random model with open gates, so that what it remembers decides what it says."""
     torch.manual_seed(0)
-    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
+    special: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
     model = xLSTMForCausalLM(xLSTMConfig(**sizes, **special, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -141,10 +142,11 @@ def _stepwise(model: xLSTMForCausalLM, ids: torch.Tensor, count: int) -> torch.T
 
 def _generate_equals_stepwise(model: xLSTMForCausalLM) -> float:
     ids = _tokens(model, 2, 7)
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     expected = _stepwise(model, ids, 8)
-    texts = [model.generate(ids, **options), model.generate(ids, prefill_chunk_size=3, **options)]
-    texts.append(torch.cat([model.generate(row[None], prompt_lookup_num_tokens=2, **options) for row in ids]))
+    texts: list[Any] = [model.generate(ids, **options), model.generate(ids, prefill_chunk_size=3, **options)]
+    rows: list[Any] = [model.generate(row[None], prompt_lookup_num_tokens=2, **options) for row in ids]
+    texts.append(torch.cat(rows))
     return max((text != expected).double().mean().item() for text in texts)
 
 
@@ -166,7 +168,7 @@ def _saved_and_continued(model: xLSTMForCausalLM) -> float:
     with tempfile.TemporaryDirectory() as directory:
         cache.save_pretrained(directory)
         cache = xLSTMCache.from_pretrained(directory, device=model.device)
-    text = model.generate(ids, cache=cache, max_new_tokens=6, do_sample=False)
+    text: Any = model.generate(ids, cache=cache, max_new_tokens=6, do_sample=False)
     return (text != _stepwise(model, ids, 6)).double().mean().item()
 
 

@@ -20,6 +20,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -54,9 +55,9 @@ _ID = "hf_xlstm_export_id"  # in the metadata of both programs and of the manife
 def state_shapes(config: xLSTMConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of the state, by names such as "0.c", in their order, with their shapes without the batch."""
     heads, paper = config.num_heads, config.block_family == "paper"
-    cells = {"mlstm": (heads, config.qk_head_dim, config.v_head_dim)}
+    cells: dict[str, tuple[int, ...]] = {"mlstm": (heads, config.qk_head_dim, config.v_head_dim)}
     cells["slstm"] = (config.slstm_num_heads or heads, config.slstm_head_dim)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, layer_type in enumerate(config.layers_block_type):
         cell = cells[layer_type]
         for name in STATE_NAMES[layer_type]:
@@ -66,7 +67,7 @@ def state_shapes(config: xLSTMConfig) -> dict[str, tuple[int, ...]]:
         if layer_type == "slstm":
             taps, width = config.slstm_conv_kernel_size, config.hidden_size
         else:
-            taps, width = (config.mlstm_conv_kernel_size, config.mlstm_inner_dim) if paper else (0, 0)
+            taps, width = (config.mlstm_conv_kernel_size, config.v_dim) if paper else (0, 0)
         if taps > 0:
             shapes[f"{index}.conv"] = (taps - 1, width)
     return shapes
@@ -225,18 +226,17 @@ def share_weights(directory: Path) -> None:
     those that only the second has."""
 
     def constants(tree: ElementTree.ElementTree) -> Iterator[tuple[ElementTree.Element, slice]]:
-        for layer in tree.iter("layer"):
-            if layer.get("type") == "Const":
-                data = layer.find("data")
-                start = int(data.get("offset"))
-                yield data, slice(start, start + int(data.get("size")))
+        for data in tree.iterfind(".//layer[@type='Const']/data"):
+            start = int(data.attrib["offset"])
+            yield data, slice(start, start + int(data.attrib["size"]))
 
     programs = [directory / f"{program}.xml" for program in PROGRAMS]
-    paths, offsets = [path.with_suffix(".bin") for path in programs], {}
-    contents = np.memmap(paths[0], mode="r")
+    paths = [path.with_suffix(".bin") for path in programs]
+    offsets: dict[bytes, int] = {}
+    contents = memoryview(np.memmap(paths[0], mode="r"))
     for _, place in constants(ElementTree.parse(programs[0])):
         offsets.setdefault(hashlib.sha256(contents[place]).digest(), place.start)
-    tree, contents = ElementTree.parse(programs[1]), np.memmap(paths[1], mode="r")
+    tree, contents = ElementTree.parse(programs[1]), memoryview(np.memmap(paths[1], mode="r"))
     with paths[0].open("ab") as file:
         for data, place in constants(tree):
             key = hashlib.sha256(contents[place]).digest()
@@ -327,7 +327,7 @@ class ONNXProgram:
         return dict(zip(self._outputs, self._program.run(self._outputs, inputs), strict=True))
 
 
-RUNTIMES = {"openvino": OpenVINOProgram, "onnx": ONNXProgram}
+RUNTIMES: dict[str, type[OpenVINOProgram] | type[ONNXProgram]] = {"openvino": OpenVINOProgram, "onnx": ONNXProgram}
 
 
 class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -417,7 +417,7 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         cu_seq_lens_q: torch.LongTensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | tuple:
         """As `xLSTMForCausalLM.forward`; what the programs do not have raises NotImplementedError."""
         refuse_unknown(kwargs)
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
@@ -446,7 +446,8 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
                 raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
             loss = self.loss_function(logits, labels, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        outputs = CausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: cache if use_cache else None})
+        named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        outputs = CausalLMOutput(loss=loss, logits=logits, **named)
         return outputs.to_tuple() if return_dict is False else outputs
 
     def _read(

@@ -118,6 +118,7 @@ def flat_modules() -> dict[str, str]:
 def _flatten(module: str) -> tuple[str, list[str]]:
     """The source of `module` with its relative imports rewritten, and the full names of the modules it needs."""
     spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
     package = module if spec.submodule_search_locations else spec.parent
     source = Path(spec.origin).read_text(encoding="utf-8")
     lines, imported = source.splitlines(keepends=True), []
@@ -125,7 +126,7 @@ def _flatten(module: str) -> tuple[str, list[str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
-        first, last = node.lineno - 1, node.end_lineno
+        first, last = node.lineno - 1, node.end_lineno or node.lineno
         if node not in tree.body:  # inside a function
             indent = " " * node.col_offset
             lines[first] = f'{indent}raise ImportError("this needs the hf-xlstm package")\n'

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.generation.utils import GenerateOutput
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -37,6 +39,21 @@ from .formats.tensors import ConvertedTensor, TensorFiles, native_tensors
 from .formats.weights import Layout
 from .versions import warn_if_untested
 
+
+if TYPE_CHECKING:
+    from .batching import RecurrentBatchingManager
+    from .configuration_xlstm import xLSTMConfig
+    from .linear import PackedWeightsMixin
+    from .modeling_xlstm import xLSTMModel
+
+    class _Model(PackedWeightsMixin, PreTrainedModel):
+        """What the mixins are mixed into."""
+
+        config: xLSTMConfig
+        backbone: xLSTMModel
+
+else:
+    _Model = object
 
 logger = logging.get_logger(__name__)
 warn_if_untested()
@@ -126,6 +143,8 @@ def refuse_with_opacus(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | Non
 class _CacheNames:
     """The names of the cache that outputs have from Transformers 5.24 on, beside `past_key_values`."""
 
+    past_key_values: xLSTMCache | None  # of the class that this is mixed into
+
     @property
     def cache(self) -> xLSTMCache | None:
         return self.past_key_values
@@ -139,16 +158,21 @@ class _CacheNames:
 
 
 @functools.cache
-def output_class(cls: type) -> type:
+def output_class(cls: type[Any]) -> type:
     """The class of outputs `cls` with the state as `.cache` on every version of Transformers."""
     if CACHE_NAME == "cache" or "past_key_values" not in cls.__dataclass_fields__:
         return cls
     return dataclass(type(cls.__name__, (_CacheNames, cls), {"__doc__": cls.__doc__}))
 
 
-ModelOutput = output_class(BaseModelOutputWithPast)
-CausalLMOutput = output_class(CausalLMOutputWithPast)
-SequenceClassifierOutput = output_class(SequenceClassifierOutputWithPast)
+if TYPE_CHECKING:  # those of the newest version
+    from transformers.modeling_outputs import BaseModelOutputWithPast as ModelOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast as CausalLMOutput
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast as SequenceClassifierOutput
+else:
+    ModelOutput = output_class(BaseModelOutputWithPast)
+    CausalLMOutput = output_class(CausalLMOutputWithPast)
+    SequenceClassifierOutput = output_class(SequenceClassifierOutputWithPast)
 
 
 def with_cache_name(function: Callable) -> Callable:
@@ -189,7 +213,7 @@ def numbered_shards(directory: str | os.PathLike, subfolder: str = "", **kwargs)
     names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
     options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     options["_raise_exceptions_for_missing_entries"] = False
-    files = []
+    files: list[str] = []
     while True:
         try:
             file = cached_file(directory, SHARD.format(len(files)), subfolder=subfolder or "", **options)
@@ -230,14 +254,19 @@ def with_unquantized_modules(config):
     return config
 
 
-class LoadingMixin:
+Model = TypeVar("Model", bound="LoadingMixin")
+
+
+class LoadingMixin(_Model):
     """Loading and saving: safetensors only, other implementations' layouts converted, nothing at random unseen."""
 
     # whether `save_pretrained` writes the code along, unless told: see `register_for_auto_class` and `push_to_hub`
     _saves_code = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs
+    ) -> Model:
         """As in Transformers, and also weights in `model_{n}.safetensors` without an index. Pickles are read only with
         `use_safetensors=False`."""
         kwargs.setdefault("use_safetensors", True)
@@ -275,7 +304,7 @@ class LoadingMixin:
         if not cls._saves_code:
             super().register_for_auto_class(auto_class)
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args, **kwargs) -> str:
         """As in Transformers; the code is sent along."""
         self._saves_code = True
         try:
@@ -359,8 +388,8 @@ class LoadingMixin:
         """
         if Layout.of(files.paths) == Layout("hf_xlstm"):
             return None
-        names = list(self.state_dict()) if hasattr(self, "backbone") else [f"backbone.{x}" for x in self.state_dict()]
-        names = {name for name in names if name.startswith(("backbone.", "lm_head.")) or name in files.paths}
+        own = list(self.state_dict()) if hasattr(self, "backbone") else [f"backbone.{x}" for x in self.state_dict()]
+        names = {name for name in own if name.startswith(("backbone.", "lm_head.")) or name in files.paths}
         if "lm_head.weight" in files.paths:  # also for a model without a head, which drops it afterwards
             names.add("lm_head.weight")
         return native_tensors(files, names, self.config)
@@ -371,15 +400,15 @@ class LoadingMixin:
         super()._initialize_weights(module)
 
 
-class RecurrentGenerationMixin(GenerationMixin):
+class RecurrentGenerationMixin(GenerationMixin, _Model):
     """`generate` for a model whose cache is its recurrent state: always an `xLSTMCache`, continued where it stands."""
 
     #: A `StateStore` that `generate_batch` and servers keep conversations in and continue them from; None is none.
-    state_store = None
+    state_store: Any = None
 
     def init_continuous_batching(
         self, generation_config=None, continuous_batching_config=None, workload_hints=None
-    ) -> "RecurrentBatchingManager":  # noqa: F821
+    ) -> "RecurrentBatchingManager":
         """As in Transformers, with rows of a cache in place of pages: what `generate_batch` and servers run on."""
         from .batching import RecurrentBatchingManager
 
@@ -390,7 +419,14 @@ class RecurrentGenerationMixin(GenerationMixin):
             continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
         return RecurrentBatchingManager(self, generation_config, continuous_batching_config, workload_hints)
 
-    def generate(self, *args, cache=None, past_key_values=None, cache_params=None, **kwargs):
+    def generate(
+        self,
+        *args,
+        cache: xLSTMCache | None = None,
+        past_key_values: xLSTMCache | None = None,
+        cache_params: xLSTMCache | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
         """`GenerationMixin.generate`, on every version with `cache` as the name of the state to continue from: an
         `xLSTMCache` that has read the beginning of the prompt. `past_key_values` and `cache_params`, its names before
         Transformers 5.24, are aliases."""
@@ -488,7 +524,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         try:
             return super()._assisted_decoding(*args, **kwargs)
         finally:
-            if not records:
+            if cache is not None and not records:
                 cache.deactivate_past_recording()
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:

@@ -7,6 +7,7 @@ Shapes: B batch, T time, D model width, H heads, K query/key and V value head di
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ class FeedForward(nn.Module):
 
 def cell_options(
     cache: xLSTMCacheLayer | None, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What the operators of both cells take of the cached state, padding and packing."""
     if cache is None:
         return {"mask": mask, "cu_seqlens": cu_seqlens}

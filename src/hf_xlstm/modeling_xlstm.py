@@ -8,6 +8,7 @@ Shapes: B batch, T time, D model width, H heads, K query/key and V value head di
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,14 +117,15 @@ class xLSTMPreTrainedModel(LoadingMixin, PackedWeightsMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": xLSTMBlock}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """The weights that xLSTM-7B, or the paper's models, started from; called for every module after its children.
         Linear maps have standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019, "small init"); what a layer
         changes of that is in its `initialize`."""
         if isinstance(module, (nn.Linear, nn.Embedding, HeadwiseLinear)):
             init.normal_(module.weight, std=math.sqrt(2 / (5 * self.config.hidden_size)))
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
         elif hasattr(module, "initialize"):
             module.initialize(self.config)
 
@@ -138,6 +140,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
     >>> outputs = model(torch.tensor([[4]]), cache=outputs.cache)  # goes on from there
     ```
     """
+
+    embeddings: nn.Module
+    out_norm: nn.Module
 
     def __init__(self, config: xLSTMConfig):
         super().__init__(config)
@@ -238,7 +243,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         hidden_states = self.out_norm(hidden_states)
         if cache is not None:
             cache.advance(length, hidden_states.device)
-        return ModelOutput(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        return ModelOutput(last_hidden_state=hidden_states, **named)
 
     def _run_blocks(
         self,
@@ -274,7 +280,8 @@ def input_size(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> t
         raise ValueError(f"`{name}` must have shape {layout}, got {tuple(x.shape)}.")
     if 0 in inputs_embeds.shape[:2]:
         raise ValueError(f"The input has no tokens: `{name}` has shape {tuple(x.shape)}.")
-    return inputs_embeds.shape[:2]
+    batch_size, length = inputs_embeds.shape[:2]
+    return batch_size, length
 
 
 def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
@@ -359,7 +366,7 @@ def _bounds(starts: torch.Tensor) -> torch.Tensor:
 
 def causal_lm_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.LongTensor | None,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
@@ -370,7 +377,7 @@ def causal_lm_loss(
 
     Args:
         logits: (B, T, vocabulary).
-        labels: (B, T), shifted inside; `shift_labels` (B, T) are not.
+        labels: (B, T), shifted inside; `shift_labels` (B, T), which take their place, are not.
         num_items_in_batch: what the sum is divided by; by default the number of labels that are not `ignore_index`.
     """
     for name, x in (("labels", labels), ("shift_labels", shift_labels)):
@@ -378,9 +385,11 @@ def causal_lm_loss(
             raise ValueError(
                 f"`{name}` must have the shape {tuple(logits.shape[:-1])} of the logits' tokens, got {tuple(x.shape)}."
             )
-    if shift_labels is None:
-        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    return mean_cross_entropy(logits.view(-1, vocab_size), shift_labels.flatten(), num_items_in_batch, ignore_index)
+    targets = shift_labels
+    if targets is None:
+        assert labels is not None
+        targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return mean_cross_entropy(logits.view(-1, vocab_size), targets.flatten(), num_items_in_batch, ignore_index)
 
 
 def token_classification_loss(logits: torch.Tensor, labels: torch.LongTensor, config, **kwargs) -> torch.Tensor:
@@ -397,11 +406,12 @@ def question_answering_loss(
 ) -> torch.Tensor:
     """The mean cross entropy of first and last token of the answer, logits (B, T), positions (B,). Positions from T
     on, answers that have been cut off, are left out."""
-    length, losses = start_logits.shape[1], []
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        positions = positions.flatten().clamp(0, length)
-        losses.append(mean_cross_entropy(logits.to(gate_dtype(logits.dtype)), positions, ignore_index=length))
-    return sum(losses) / 2
+    length, dtype = start_logits.shape[1], gate_dtype(start_logits.dtype)
+    start, end = (
+        mean_cross_entropy(logits.to(dtype), positions.flatten().clamp(0, length), ignore_index=length)
+        for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
+    )
+    return (start + end) / 2
 
 
 class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
@@ -424,7 +434,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: xLSTMConfig):
@@ -499,7 +509,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.backbone = xLSTMModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -561,7 +571,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
         self.backbone = xLSTMModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_function = token_classification_loss
         self.post_init()
 

@@ -97,7 +97,7 @@ def mlstm(
         eps=eps,
         chunk_size=chunk_size,
     )
-    state = stored(state, initial_state, inplace)
+    state = stored(state, initial_state, inplace)  # type: ignore[arg-type]
     return h, state if output_final_state else None
 
 
@@ -187,7 +187,7 @@ def slstm(
         mask=mask,
         cu_seqlens=cu_seqlens,
     )
-    state = stored(state, initial_state, inplace)
+    state = stored(state, initial_state, inplace)  # type: ignore[arg-type]
     return h, state if output_final_state else None
 
 

@@ -66,7 +66,7 @@ class PaperMLSTMLayer(nn.Module):
 
     def __init__(self, config: xLSTMConfig):
         super().__init__()
-        inner, heads, bias = config.mlstm_inner_dim, config.num_heads, config.use_bias
+        inner, heads, bias = config.v_dim, config.num_heads, config.use_bias
         self.num_heads = heads
         self.block_size = config.qkv_block_size
         self.eps, self.chunk_size, self.backend = config.eps, config.chunk_size, config.backend

@@ -5,6 +5,8 @@ bfloat16 weights. PyTorch has a product that reads the 8 bits as they are. The 4
 those of bitsandbytes, come with products of their own; nothing is done for them here.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -14,7 +16,7 @@ HAS_KERNEL = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 MAX_ROWS = 64
 
 
-def has_int8_product(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+def has_int8_product(x: torch.Tensor, weight: Any) -> bool:
     """Whether `int8_product` computes what torchao's own product of x (..., D_in) and this weight does, and sooner:
     the weight has 8 bits with one scale per row, and x is bfloat16 and has few rows. PyTorch's kernel reads past the
     end of the scales unless 32 divides D_in, and is slow in float32."""
@@ -35,7 +37,7 @@ def has_int8_product(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
     )
 
 
-def int8_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def int8_product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias (..., D_out) with a weight of torchao's class `Int8Tensor`, without autograd."""
     if not _is_aligned(weight.qdata):  # a loaded weight starts anywhere in its file
         weight.qdata = weight.qdata.clone()

@@ -1,6 +1,6 @@
 """Conversations that never read twice: snapshots of the state, found again by the text that led to it.
 
-    store = StateStore(directory="states")
+    store = StateStore(directory="runs/states")
 
     cache = store.find(model, ids)  # what has been read of the beginning of the text, in this or an earlier process
     output = model.generate(ids, cache=cache)  # reads the rest
@@ -20,6 +20,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -67,7 +68,7 @@ class StateStore:
         self._lengths: Counter[int] = Counter()  # how many snapshots there are of so many tokens
         self._mutex = threading.RLock()
         self._lock = contextlib.ExitStack()
-        self._directory = None
+        self._directory: Path | None = None
         if directory is not None:
             self._open(Path(directory))
 
@@ -80,7 +81,8 @@ class StateStore:
         """
         weights = fingerprint(model)
         cache = self.longest(weights, token_list(ids))
-        cache = xLSTMCache(model.config) if cache is None else cache.to(model.device)
+        own: Any = model
+        cache = xLSTMCache(own.config) if cache is None else cache.to(own.device)
         cache.read_by = weights
         return cache
 
@@ -162,13 +164,13 @@ class StateStore:
         if key not in self._files:
             return None
         try:
-            cache = xLSTMCache.from_pretrained(self._directory / key)
+            cache = xLSTMCache.from_pretrained(self._path(key))
         except (OSError, ValueError) as error:
             logger.warning(f"A snapshot is dropped: {error}")
             self._drop_file(key)
             return None
         self._files.move_to_end(key)
-        (self._directory / key).touch()  # in which order a later process finds them
+        self._path(key).touch()  # in which order a later process finds them
         self._remember(key, cache)
         return cache
 
@@ -202,6 +204,10 @@ class StateStore:
 
     # ---- disk: a directory per snapshot, named by its key, with the file of `xLSTMCache.save_pretrained`
 
+    def _path(self, key: str) -> Path:
+        assert self._directory is not None  # it is where there are files
+        return self._directory / key
+
     def _open(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not self._lock.enter_context(locked(directory)):
@@ -226,7 +232,7 @@ class StateStore:
         if cache.nbytes > self.max_disk_bytes:
             return
         self._make_room(cache.nbytes)
-        path = self._directory / key
+        path = self._path(key)
         try:
             cache.save_pretrained(path)
             size = (path / CACHE_FILE).stat().st_size
@@ -246,7 +252,7 @@ class StateStore:
     def _drop_file(self, key: str) -> None:
         self.disk_bytes -= self._files.pop(key)
         self._uncount(key, self._memory)
-        shutil.rmtree(self._directory / key, ignore_errors=True)
+        shutil.rmtree(self._path(key), ignore_errors=True)
 
 
 def token_list(ids: torch.Tensor | Iterable[int]) -> list[int]:
@@ -278,11 +284,12 @@ def fingerprint(model: torch.nn.Module) -> str:
     Nothing is remembered from call to call, so that a change is noticed however it was made: by an optimizer, through
     `parameter.data`, in NumPy. A call takes as long as reading the weights once, about one step of decoding.
     """
-    config = {name: x for name, x in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
+    whole: Any = model.config
+    config = {name: x for name, x in whole.to_dict().items() if name not in NOT_COMPUTED_WITH}
     digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(_checksum(x).cpu().numpy())
+        digest.update(_checksum(x).cpu().numpy().data)
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters"):  # of PEFT
             active = (module.active_adapters, getattr(module, "disable_adapters", None))

@@ -72,7 +72,7 @@ def existing(path: str) -> Path:
 
 def positive(number: str) -> float:
     """The type of an option: a number above 0."""
-    value = float(number)
+    value = _number(number)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
     return value
@@ -80,7 +80,14 @@ def positive(number: str) -> float:
 
 def positive_int(number: str) -> int:
     """The type of an option: a whole number above 0."""
-    value = float(number)  # also 3e9
+    value = _number(number)  # also 3e9
     if not math.isfinite(value) or value != int(value) or value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {number}")
     return int(value)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None

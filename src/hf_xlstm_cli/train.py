@@ -15,9 +15,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import Parser, existing, positive, positive_int
 from .presets import DEFAULT, SCHEDULES, SIZES, slstm_positions
+
+
+LEAST_VOCAB_SIZE = 256 + 3
 
 
 def trainer_option(text: str) -> tuple[str, object]:
@@ -32,7 +36,7 @@ def trainer_option(text: str) -> tuple[str, object]:
 
 def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__)
-    paths = {"nargs": "+", "type": existing, "metavar": "FILE"}
+    paths: dict[str, Any] = {"nargs": "+", "type": existing, "metavar": "FILE"}
 
     text = parser.add_argument_group("text (by default the State of the Union addresses)")
     text.add_argument("--data", **paths, help="UTF-8 texts, a document each; .jsonl and .parquet, a document a record")
@@ -107,6 +111,10 @@ def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         parser.error("--model brings its own configuration and tokenizer")
     if args.tokenizer and args.vocab_size:
         parser.error("--vocab-size is that of a new tokenizer, --tokenizer names an old one")
+    if args.vocab_size and args.vocab_size < LEAST_VOCAB_SIZE:
+        parser.error(f"--vocab-size must be at least {LEAST_VOCAB_SIZE}: all bytes, and three special tokens")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight-decay must be 0 or more, got {args.weight_decay}")
     if args.ratio and args.slstm_at is not None:
         parser.error("--ratio and --slstm-at exclude each other")
     if args.stateful and args.gradient_checkpointing:

@@ -18,9 +18,9 @@ import json
 import operator
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants
@@ -39,7 +39,7 @@ SHORT = 12  # tokens that the mLSTM reads one by one
 SLSTM_TOKENS = 20
 
 Results = dict[str, torch.Tensor]
-Verdict = dict[str, object]  # the facts for which it holds, "fault": str | None, and "date"
+Verdict = dict[str, Any]  # the facts for which it holds, "fault": str | None, and "date"
 
 
 class Question(NamedTuple):
@@ -79,7 +79,8 @@ def fault(op: str, *inputs: torch.Tensor) -> str | None:
             except Exception as error:
                 warnings.warn(f"{asked} was not checked: {type(error).__name__}: {error}", stacklevel=6)
                 _faults[asked] = None
-    return _faults[question] and _explanation(question, _faults[question])
+    fault = _faults[question]
+    return fault and _explanation(question, fault)
 
 
 def _together(question: Question) -> list[Question]:
@@ -90,7 +91,7 @@ def _together(question: Question) -> list[Question]:
 
 def ask(question: Question) -> Verdict:
     """Checks now, and remembers the verdict. Raises what the torch path raises, and torch.OutOfMemoryError."""
-    verdict = _facts(question) | {"fault": check(question), "date": datetime.date.today().isoformat()}
+    verdict: Verdict = _facts(question) | {"fault": check(question), "date": datetime.date.today().isoformat()}
     _faults[question] = verdict["fault"]
     with contextlib.suppress(OSError):  # a home that is full or read-only: the next process checks again
         directory().mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def _path(question: Question) -> Path:
     return directory() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _facts(question: Question) -> dict[str, object]:
+def _facts(question: Question) -> dict[str, Any]:
     """Everything for which a verdict holds."""
     asked = {"op": question.op, "dtype": str(question.dtype)[6:], "head_dims": list(question.head_dims)}
     return asked | machine(question.device) | {"saves_states": saves_states()}
@@ -283,8 +284,9 @@ class Numbers:
         return h.tanh(), c, 1 + n.abs(), m
 
 
-def _meaning(state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _meaning(state: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
     """What a state stands for, whatever its m: c e^m and n e^m, and the h of the sLSTM."""
+    assert state is not None
     *h, c, n, m = (x.double() for x in state)
     scaled = (x * m.exp().reshape(*m.shape, *[1] * (x.ndim - m.ndim)) for x in (c, n))
     return torch.cat([x.flatten() for x in (*h, *scaled)])
@@ -329,9 +331,11 @@ def _slstm(backend: str, numbers: Numbers, D: int) -> Results:
 
 def _steps(step, inputs: list[torch.Tensor], pool: tuple[torch.Tensor, ...], backend: str) -> Results:
     """A step of three rows in a pool of more slots, of which one row is padding; then one in place; then a copy."""
-    results, rows = {}, inputs[0].shape[0]
+    results: Results = {}
+    rows = inputs[0].shape[0]
     state = tuple(x[:rows] for x in pool)
     indices = torch.tensor([rows, -1, 0], device=inputs[0].device)
+    options: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, Any]]]
     options = {"in a pool": (pool, {"state_indices": indices, "inplace": True})}
     options |= {"in place": (state, {"inplace": True}), "to a copy": (state, {})}
     with torch.no_grad():
@@ -351,5 +355,5 @@ def _slstm_steps(backend: str, numbers: Numbers, D: int) -> Results:
     return _steps(slstm_step, inputs, numbers.slstm_state(4, 2, D), backend)
 
 
-_SEQUENCE_RESULTS = {"mlstm": _mlstm, "slstm": _slstm}
-_STEP_RESULTS = {"mlstm": _mlstm_steps, "slstm": _slstm_steps}
+_SEQUENCE_RESULTS: dict[str, Callable[..., Results]] = {"mlstm": _mlstm, "slstm": _slstm}
+_STEP_RESULTS: dict[str, Callable[..., Results]] = {"mlstm": _mlstm_steps, "slstm": _slstm_steps}

@@ -1,7 +1,6 @@
 """Exports a model; `hf_xlstm_cli.export` reads the options."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -9,7 +8,7 @@ from hf_xlstm import xLSTMForCausalLM
 from hf_xlstm.export import export_model
 from hf_xlstm_cli.errors import UserError
 
-from .helpers.models import check_directory, load_model, load_tokenizer
+from .helpers.models import check_directory, has_tokenizer, load_model, load_tokenizer
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,9 +26,3 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(args.output)
     size = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"{args.output}: {args.format}, {args.weights} weights, {size / 1e6:,.1f} MB")
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether the model comes with a tokenizer; one on the Hub is taken to."""
-    path = Path(name)
-    return not path.is_dir() or (path / "tokenizer_config.json").exists()

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
@@ -30,7 +31,7 @@ class Recorder(TextStreamer):
 def decoding_cost(model: PreTrainedModel, context: torch.Tensor, new_tokens: int = 100) -> dict[str, float]:
     """Reads `context` of shape (1, T), then decodes greedily: tokens per second of either, and memory in bytes."""
     process = need("psutil", "train").Process()
-    cache = None
+    cache: Any = None
     start = time.perf_counter()
     for ids in context.split(PREFILL_WINDOW, dim=1):
         outputs = model(ids, cache=cache, use_cache=True, logits_to_keep=1)

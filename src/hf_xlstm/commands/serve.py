@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     # The server looks for the model's class by its name in Transformers. Importing hf_xlstm sets it there, but on a
     # module that is replaced by another one meanwhile.
-    transformers.xLSTMForCausalLM = hf_xlstm.xLSTMForCausalLM
+    transformers.xLSTMForCausalLM = hf_xlstm.xLSTMForCausalLM  # type: ignore[misc, assignment]
     if "--continuous-batching" in args.others:
         try:
             batch(args.states, args.state_bytes)

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     TrainingArguments,
@@ -29,15 +31,17 @@ from hf_xlstm_cli.presets import DEFAULT, SIZES, slstm_positions
 
 from .helpers.bits_per_byte import bits_per_byte
 from .helpers.corpus import Corpus, files, hub_dataset, num_bytes, pieces, state_of_the_union
-from .helpers.models import load_model, load_tokenizer, read_config
+from .helpers.models import check_directory, load_model, load_tokenizer, read_config
 from .helpers.report import write_report
 from .helpers.tokens import Streams, Tokens, Windows, tokenise, train_tokenizer
 from .helpers.training import (
+    FEW_STEPS,
     Budget,
     Progress,
     Run,
     RunTrainer,
     bf16_is_faster,
+    few_steps,
     is_whole,
     last_checkpoint,
     read_progress,
@@ -50,11 +54,10 @@ CONFIGURATION = "run.json"
 # what a run leaves, and the next one in its place does not keep
 OUTPUTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "loss_curve.png", "report.md", WORK)
 YARDSTICK_BYTES = 64 * 2**20  # of longer texts an n-gram model and lzma would take too long
-FEW_STEPS = 100  # of a training by the clock: on an idle machine the quickstart makes several hundred
 BYTES_PER_PARAMETER = 4 + 3 * 12  # the model, and three checkpoints with AdamW's moments
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> xLSTMForCausalLM:
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new model, or with `--model` an old one to go on with."""
     if args.model:
         model = load_model(args.model)
@@ -166,7 +169,8 @@ def claim_output(args: argparse.Namespace, wanted: dict) -> None:
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(f"{output} is the current directory, or above it: run from elsewhere")
     if not args.overwrite:
-        for found in (output / CONFIGURATION, work / CONFIGURATION):
+        # what failed before it had a checkpoint, by a wrong option or text, is no run to protect
+        for found in (output / CONFIGURATION, *([work / CONFIGURATION] if last_checkpoint(work) else [])):
             old = json.loads(found.read_text(encoding="utf-8")) if found.exists() else wanted
             differences = [
                 f"{name} {old.get(name)} instead of {wanted.get(name)}"
@@ -266,8 +270,7 @@ def warn(metrics: dict) -> None:
     better = [f"{name} ({value:.2f})" for name, value in metrics["yardsticks"].items() if value < bits]
     text = f"warning: {bits:.2f} bits per byte" + (f", worse than {', '.join(better)}" if better else "")
     if metrics["arguments"]["minutes"] and steps < FEW_STEPS:
-        text += f": {steps} steps in {seconds:.0f} s are few: the machine is busy or slow, or the time short. "
-        text += "Give more --minutes or a number of --steps, stop what else is running, or train a smaller model."
+        text += f": {few_steps(steps, seconds)}"
     elif better:
         text += ": train for longer, or with more text."
     else:
@@ -278,6 +281,10 @@ def warn(metrics: dict) -> None:
 def run(args: argparse.Namespace) -> int:
     """A whole training, from its options to its results; the exit status."""
     need("matplotlib", "train")
+    if args.model:
+        check_directory(args.model)
+    if args.config:
+        read_config(args.config)
     if args.bf16 is None:
         args.bf16 = choose_bf16(args.output)
     arguments = training_arguments(args)
@@ -321,11 +328,11 @@ def train(
     else:
         data = Windows(tokens, args.sequence_length)
     checkpoint = last_checkpoint(work)
-    budget = Budget(60 * args.minutes if args.minutes else None, None if args.minutes else arguments.max_steps)
+    budget = Budget(60 * args.minutes if args.minutes else None, arguments.max_steps)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     over = budget.is_over(progress)
     set_seed(args.seed)
-    model = load_model(checkpoint) if over else build_model(args, tokenizer)
+    model = load_model(checkpoint) if checkpoint is not None and over else build_model(args, tokenizer)
     parameters = model.num_parameters()
     if first:
         check_room(args.output, BYTES_PER_PARAMETER * parameters if checkpoint is None else 0)
@@ -367,7 +374,8 @@ def train(
             print(f"interrupted after step {steps}: the same command goes on from there", file=sys.stderr)
         return 128 + control.signal
 
-    bits = bits_per_byte(trainer.model, tokenizer, corpus.heldout)
+    trained: Any = trainer.model  # which may be wrapped
+    bits = bits_per_byte(trained, tokenizer, corpus.heldout)
     if not math.isfinite(bits):
         raise UserError(f"the held-out text costs {bits} bits per byte: nothing is saved; lower --learning-rate")
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None

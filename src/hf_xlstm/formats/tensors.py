@@ -69,7 +69,7 @@ class TensorFiles:
         if save_id is not None:
             known = {"config.json": save_id} | known
         first = next(iter(known), None)
-        others = [name for name, found in known.items() if found != known[first]]
+        others = [name for name, found in known.items() if found != next(iter(known.values()))]
         if others:
             directory = next(iter(self.save_ids)).parent
             raise ValueError(

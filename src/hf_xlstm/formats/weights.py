@@ -125,7 +125,9 @@ class Layout:
     def foreign_name(self, name: str) -> str:
         """The name of a native parameter in this layout."""
         modules = MODULES[self.name]
-        stack, index, inner = re.fullmatch(r"(?:(backbone\.blocks)(\.\d+\.))?(.+)", name).groups()
+        match = re.fullmatch(r"(?:(backbone\.blocks)(\.\d+\.))?(.+)", name)
+        assert match is not None, name
+        stack, index, inner = match.groups()
         module, _, kind = inner.rpartition(".")
         if module == "slstm_layer" and self.name in ("xlstm", "tirex"):
             kind = SLSTM_CELL[kind]
@@ -139,7 +141,7 @@ class Layout:
 
         Several parameters that depend on the same foreign tensors share a rule: it stands where the first one is.
         """
-        rules = {}
+        rules: dict[tuple[str, ...], Rule] = {}
         for name in names:
             rule = self._rule(name, config)
             rules.setdefault(rule.native, rule)
@@ -147,7 +149,9 @@ class Layout:
 
     def _rule(self, name: str, config) -> Rule:
         """The rule that has `name` among its native parameters."""
-        block, module, kind = re.fullmatch(r"(backbone\.blocks\.\d+\.)?(.+)\.(\w+)", name).groups(default="")
+        match = re.fullmatch(r"(backbone\.blocks\.\d+\.)?(.+)\.(\w+)", name)
+        assert match is not None, name
+        block, module, kind = match.groups(default="")
         joined = next((whole for whole, parts in JOINED.items() if self.joined and module in parts), None)
         if joined is not None:
             return self._joined_rule(block, joined, kind, config)
@@ -262,7 +266,7 @@ def rules_from_foreign(
 
 def weights_from_foreign(weights: dict[str, torch.Tensor], names: Iterable[str], config) -> dict[str, torch.Tensor]:
     """The native parameters `names`, named as in `xLSTMForCausalLM`, from the tensors of a foreign checkpoint."""
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for rule in rules_from_foreign(weights.keys(), weights.__getitem__, names, config):
         tensors = convert(rule.to_native, rule.foreign, [weights[name] for name in rule.foreign])
         converted |= zip(rule.native, (x.contiguous() for x in tensors), strict=True)
@@ -271,7 +275,7 @@ def weights_from_foreign(weights: dict[str, torch.Tensor], names: Iterable[str],
 
 def weights_to_foreign(weights: dict[str, torch.Tensor], layout: Layout, config) -> dict[str, torch.Tensor]:
     """The tensors of a foreign layout from native parameters, named as in `xLSTMForCausalLM`, or some of them."""
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for rule in layout.rules(weights, config):
         tensors = convert(rule.to_foreign, rule.native, [weights[name] for name in rule.native])
         converted |= zip(rule.foreign, (x.contiguous() for x in tensors), strict=True)

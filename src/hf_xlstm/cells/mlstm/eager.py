@@ -299,7 +299,7 @@ class _Chunkwise(torch.autograd.Function):
         inputs = (dh, dc_final, dn_final, *ctx.saved_tensors)
         options = ctx.order, ctx.scale, ctx.eps, ctx.chunk_size
         if torch.compiler.is_compiling():  # there, PyTorch itself refuses second derivatives
-            grads = _ChunkwiseGradient.forward(*inputs, *options)
+            grads = _ChunkwiseGradient.forward(*inputs, *options)  # type: ignore[call-arg]
         elif any(map(is_legacy_batched, inputs[:3])):
             grads = _join_legacy_rows(_ChunkwiseGradient.apply, inputs, *options)
         else:
@@ -428,7 +428,7 @@ def mlstm_chunkwise(
 
     # an exported graph holds plain operations only
     chunkwise = _Chunkwise.forward if exporting else _Chunkwise.apply
-    h, *final_state, _, _ = chunkwise(*inputs, *state, order, scale, eps, chunk_size)
+    h, *final_state, _, _ = chunkwise(*inputs, *state, order, scale, eps, chunk_size)  # type: ignore[call-arg]
     h = _take(h, slots).to(v.dtype)
     if mask is not None:
         h = torch.where(mask[..., None, None], h, 0)

@@ -12,7 +12,7 @@ from ..numerics import gate_dtype, log_forget_gate, one_after_another, stored
 from ..slots import step_in_slots
 
 
-MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # c (B, H, K, V), n (B, H, K), m (B, H)
+MLSTMState = tuple[torch.Tensor, ...]  # c (B, H, K, V), n (B, H, K), m (B, H)
 
 
 def zero_mlstm_state(q: torch.Tensor, v: torch.Tensor, batch_size: int) -> MLSTMState:

@@ -260,7 +260,7 @@ def _run_gates(igate, fgate, mask, m_initial, m_last, m_final, chunks: Chunks, p
 
 def chunk_states(q, v, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for C and n, or their gradients, at every chunk boundary."""
-    H, K, V = *q.shape[2:], v.shape[-1]
+    (H, K), V = q.shape[2:], v.shape[-1]
     c = q.new_empty(chunks, H, K, V, dtype=_state_dtype(q.dtype))
     return c, q.new_empty(chunks, H, K, dtype=torch.float32)
 
@@ -269,7 +269,7 @@ def _scan_states(kernel, inputs: dict, q, v, start, end, chunks: Chunks, plan: P
     """The recurrence over the state from chunk to chunk, by `state_kernel` or `state_gradient_kernel`: the state at
     every boundary, and the one it ends with in `end`. The spans of a sequence first run on their own, each from zero;
     put together, their ends say where the second run begins."""
-    H, K, V = *q.shape[2:], v.shape[-1]
+    (H, K), V = q.shape[2:], v.shape[-1]
     tiles = plan.state
     parts = chunks.sequences * chunks.spans
 
@@ -361,7 +361,7 @@ def _run_scores(q, k, gates: Gates, n, scale, eps, chunks: Chunks, plan: Plan):
 
 
 def _run_outputs(q, v, scores, read_weight, gates: Gates, c, chunks: Chunks, plan: Plan):
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     kernels.output_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
         p_q=q,
@@ -410,7 +410,7 @@ def _run_normalizers(k, gates: Gates, initial, final, chunks: Chunks, plan: Plan
 
 def _run_on_chip(q, k, v, scores, read_weight, gates: Gates, initial, final, chunks: Chunks, plan: Plan):
     """h; the last C goes to `final`."""
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     kernels.on_chip_kernel[(chunks.sequences * H * triton.cdiv(V, plan.output.BV),)](
         p_q=q,
@@ -438,7 +438,7 @@ def _run_on_chip(q, k, v, scores, read_weight, gates: Gates, initial, final, chu
 
 
 def _run_tokens(q, dh, sums, c, gates: Gates, scale, eps, chunks: Chunks, plan: Plan) -> Tokens:
-    B, T, H, K, V = *q.shape, dh.shape[-1]
+    (B, T, H, K), V = q.shape, dh.shape[-1]
     tokens = Tokens(*(torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3)))
     backward_kernels.token_kernel[(chunks.total * H,)](
         p_q=q,
@@ -476,7 +476,7 @@ def _run_state_gradients(q, dh, x, gates: Gates, tokens: Tokens, dfinal, dinitia
 
 
 def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale, chunks: Chunks, plan: Plan):
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
     L = plan.chunk_size
     scores, e = (torch.empty(chunks.total, H, L, L, dtype=_state_dtype(q.dtype), device=q.device) for _ in range(2))
     x, *g = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4))
@@ -513,7 +513,7 @@ def _run_score_gradients(q, k, v, dh, sums, gates: Gates, tokens: Tokens, scale,
 def _run_query_key_gradients(
     q, k, v, dh, e, x, gates: Gates, tokens: Tokens, states, dstates, chunks: Chunks, plan: Plan
 ):
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
     tiles = plan.score
     NK = triton.cdiv(K, tiles.BK)
     dq, dk = (torch.empty(B, T, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -555,7 +555,7 @@ def _run_query_key_gradients(
 
 
 def _run_value_gradients(k, dh, scores, gates: Gates, dc, chunks: Chunks, plan: Plan):
-    H, K, V = *k.shape[2:], dh.shape[-1]
+    (H, K), V = k.shape[2:], dh.shape[-1]
     dv = torch.empty_like(dh)
     backward_kernels.value_gradient_kernel[(chunks.total * H * triton.cdiv(V, plan.output.BV),)](
         p_k=k,

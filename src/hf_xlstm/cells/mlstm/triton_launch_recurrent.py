@@ -14,7 +14,7 @@ def recurrent(q, k, v, igate, fgate, mask, initial, final, scale, eps, state_ind
     With `state_indices` (B,), sequence b starts from row state_indices[b] of `initial`, and its C ends in the same row
     of `final`; where the index is negative, h is 0 and no state is read or written. n and m of `final` are (B, ...).
     """
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
     h = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     s, m_tokens = (torch.empty(B, H, T, dtype=torch.float32, device=v.device) for _ in range(2))
     BK = triton.next_power_of_2(K)

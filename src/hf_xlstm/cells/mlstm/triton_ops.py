@@ -43,7 +43,9 @@ def mlstm_forward(
     save_states: bool,
     scale: float,
     eps: float,
-) -> tuple[(torch.Tensor,) * 8]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
     """h, the final c, n, m, and for the backward pass s (the normalizer n.q) and m of each token and c, n at every
     chunk boundary. Those that are not asked for are empty."""
     q, k, v = _dense(q), _dense(k), _dense(v)
@@ -68,7 +70,8 @@ def mlstm_forward(
 @mlstm_forward.register_fake
 def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, save_states, scale, eps):
     B, T, H, V = v.shape
-    h, *sums = v.new_empty(B, T, H, V), *(v.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
+    h = v.new_empty(B, T, H, V)
+    sums = [v.new_empty(B, H, T, dtype=torch.float32) for _ in range(2)]
     saved = [q.new_empty(0), q.new_empty(0)]
     if save_states:
         length = _plan(q, v).chunk_size
@@ -79,7 +82,7 @@ def _(q, k, v, igate, fgate, c, n, m, mask, cu_seqlens, final_state, save_states
 
 def _empty_state(q, v, cu_seqlens, wanted: bool) -> MLSTMState:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    H, K, V = *q.shape[2:], v.shape[-1]
+    (H, K), V = q.shape[2:], v.shape[-1]
     shapes = ((rows, H, K, V), (rows, H, K), (rows, H)) if wanted else ((0,),) * 3
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -211,10 +214,10 @@ def mlstm_step_inplace(
 ) -> torch.Tensor:
     """h; the new state replaces the old one. Safe under CUDA graphs: nothing is allocated that outlives the call, and
     nothing is read back from the GPU."""
-    tokens = [x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate)]
+    q, k, v, igate, fgate = (x.unsqueeze(1) for x in (_dense(q), _dense(k), _dense(v), igate, fgate))
     state = common.state_rows((c, n, m), state_indices)
     with common.on_device(q):
-        h = launch_recurrent.step(*tokens, state, common.contiguous(state_indices), scale, eps)
+        h = launch_recurrent.step(q, k, v, igate, fgate, state, common.contiguous(state_indices), scale, eps)
     for old, new in zip((c, n, m), state, strict=True):
         if old is not new:
             old.copy_(new)
@@ -250,5 +253,6 @@ def mlstm_step_triton(
     if state_indices is not None:
         raise ValueError("`state_indices` needs inplace=True: a pool of states is updated, not copied.")
     sequence = (x.unsqueeze(1) for x in (q, k, v, igate, fgate))
-    h, state = mlstm_triton(*sequence, initial_state=state, output_final_state=True, scale=scale, eps=eps)
-    return h.squeeze(1), state
+    h, new_state = mlstm_triton(*sequence, initial_state=state, output_final_state=True, scale=scale, eps=eps)
+    assert new_state is not None
+    return h.squeeze(1), new_state

@@ -120,7 +120,7 @@ def _forward(
             x_t.add_(recurrent.view(H, size, 4, D).permute(1, 2, 0, 3))
             i, f, z, o = x_t.unbind(1)
             m_t, c_t, h_t = m[:size], c_blocks[t + 1], h_blocks[t + 1]
-            F.logsigmoid(f, out=f)
+            F.logsigmoid(f, out=f)  # type: ignore[call-arg]  # an argument that the declaration lacks
             kept = f + m_t
             torch.logaddexp(kept, i, out=m_t)
             u = i.sub_(kept)
@@ -284,7 +284,7 @@ class _SLSTMGradient(torch.autograd.Function):
         return _one_by_one(_SLSTMGradient.apply, info, in_dims, inputs)
 
 
-def _one_by_one(apply: Callable, info, in_dims: tuple[int | None, ...], inputs: tuple[torch.Tensor | None, ...]):
+def _one_by_one(apply: Callable, info, in_dims: tuple[int | None, ...], inputs: tuple):
     """`vmap` of the Functions above: its rows run one after another, since each may have a mask and weights of its
     own, and wants the gradient of its weights."""
     rows = [

@@ -10,7 +10,7 @@ from ..numerics import gate_dtype, log_forget_gate, one_after_another, stored, w
 from ..slots import step_in_slots
 
 
-SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # h, c, n, m, each (B, H, D)
+SLSTMState = tuple[torch.Tensor, ...]  # h, c, n, m, each (B, H, D)
 
 
 def zero_slstm_state(gates: torch.Tensor, batch_size: int) -> SLSTMState:

@@ -193,5 +193,6 @@ def slstm_step_triton(
         return slstm_step_inplace(gates, *_known_dtypes(recurrent_weight, bias), *state, state_indices), state
     if state_indices is not None:
         raise ValueError("`state_indices` needs inplace=True: a pool of states is updated, not copied.")
-    h, state = slstm_triton(gates[:, None], recurrent_weight, bias, initial_state=state, output_final_state=True)
-    return h[:, 0], state
+    h, new_state = slstm_triton(gates[:, None], recurrent_weight, bias, initial_state=state, output_final_state=True)
+    assert new_state is not None
+    return h[:, 0], new_state

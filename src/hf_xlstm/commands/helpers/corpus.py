@@ -111,6 +111,7 @@ def files(
     texts = [path for path in paths if path.suffix not in RECORDS]
     records = [path for path in paths if path.suffix in RECORDS]
     nbytes = sum(path.stat().st_size for path in paths)
+    train: Iterable[Document]
     if heldout_paths:
         train = Chain(
             [[TextFile(path, 0, path.stat().st_size) for path in texts], *(Records(p, field) for p in records)]
@@ -118,17 +119,17 @@ def files(
         description = f"{len(paths)} files, {len(heldout_paths)} held out"
     else:
         share = min(HELDOUT_SHARE, heldout_bytes / nbytes)
-        train = []
+        beginnings: list[Document] = []
         for path in texts:
             size = path.stat().st_size
             cut = cut_position(path, int(size * (1 - share)))
-            train += [TextFile(path, 0, cut)] if cut else []
+            beginnings += [TextFile(path, 0, cut)] if cut else []
             heldout += [str(TextFile(path, cut, size))] if cut < size else []
         split = [
             every_20th(Records(path, field), int(heldout_bytes * path.stat().st_size / nbytes)) for path in records
         ]
         heldout += [text for _, texts in split for text in texts]
-        train = Chain([train, *(rest for rest, _ in split)])
+        train = Chain([beginnings, *(rest for rest, _ in split)])
         description = f"{len(paths)} files, {HELDOUT_SHARE:.0%} of each held out, up to {heldout_bytes:,} bytes in all"
     if not any(heldout):
         raise UserError(f"{paths[0]}: too short to hold some of it out: give --heldout")
@@ -248,7 +249,8 @@ class AllBut20th:
 
 def every_20th(records: Iterable[str], max_bytes: int) -> tuple[AllBut20th, list[str]]:
     """The records to train on, and those held out: every 20th, until there are enough."""
-    heldout, size, stop = [], 0, 0
+    heldout: list[str] = []
+    size = stop = 0
     for index, text in enumerate(records):
         if index % 20 == 19:
             if size + len(text.encode()) > max_bytes and heldout:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from pathlib import PurePath
+from typing import Any
 
 
 MAX_BODY = 16 * 2**20  # bytes
@@ -226,6 +227,8 @@ def batch(directory: str | None, max_bytes: int) -> None:
     xLSTMForCausalLM.state_store = StateStore(max_bytes, directory)
 
     class Manager(utils.CBGenerateManager):
+        _cb: Any  # a `RecurrentBatchingManager`
+
         def generate_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
             self._cb.expect(request_id, gen_config, processor)
             return super().generate_streaming(model, processor, inputs, gen_config, request_id, *args, **kwargs)
@@ -235,4 +238,4 @@ def batch(directory: str | None, max_bytes: int) -> None:
             super_ = super().generate_non_streaming(model, processor, inputs, gen_config, request_id, *args, **kwargs)
             return await super_
 
-    utils.CBGenerateManager = Manager
+    utils.CBGenerateManager = Manager  # type: ignore[misc]

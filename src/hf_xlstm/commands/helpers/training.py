@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.files import write_text
@@ -33,12 +34,24 @@ class Progress:
     heldout_curve: list[tuple[float, float]] = field(default_factory=list)  # (minutes, bits per byte)
 
 
+FORETELL = 0.1  # the part of the time after which it can be told how many steps the rest will make
+FEW_STEPS = 100  # of a training by the clock: on an idle machine the quickstart makes several hundred
+
+
+def few_steps(steps: int, seconds: float) -> str:
+    """Why a training by the clock makes few steps, and what helps."""
+    return (
+        f"{steps} steps in {seconds:.0f} s are few: the machine is busy or slow, or the time short. Give more "
+        "--minutes or a number of --steps, stop what else is running, or train a smaller model."
+    )
+
+
 @dataclass(frozen=True)
 class Budget:
-    """When the training ends: after `seconds` or after `steps`, the other one is None."""
+    """When the training ends: after `seconds`, or if that is None after `steps`."""
 
     seconds: float | None
-    steps: int | None
+    steps: int
 
     def done(self, seconds: float, step: int) -> float:
         """The part that lies behind, 0 to 1, in the middle of a step that begins now."""
@@ -90,6 +103,7 @@ class Run(TrainerCallback):
         self._received = 0
         self._began = self._before = self._saved = 0.0
         self._first_step = 0
+        self._foretold = False
 
     def learning_rate_factor(self, step: int, schedule: str) -> float:
         return learning_rate_factor(self.budget.done(self.progress.seconds, step), schedule)
@@ -102,7 +116,7 @@ class Run(TrainerCallback):
         self._saved = self.progress.seconds if state.global_step else -math.inf
         by_time = self.budget.seconds is not None
         self.bar = tqdm(
-            total=round(self.budget.seconds) if by_time else self.budget.steps,
+            total=self.budget.steps if self.budget.seconds is None else round(self.budget.seconds),
             initial=round(self.progress.seconds) if by_time else state.global_step,
             desc="training",
             unit="s" if by_time else "step",
@@ -130,6 +144,10 @@ class Run(TrainerCallback):
             done = self.budget.done(seconds, state.global_step)
             if over or done >= len(self.progress.heldout_curve) / self.evaluations:
                 self.progress.heldout_curve.append((seconds / 60, self.evaluate(kwargs["model"])))
+            if not self._foretold and self.budget.seconds is not None and done >= FORETELL:
+                self._foretold = True
+                if state.global_step < FEW_STEPS * done and state.is_world_process_zero:
+                    self.bar.write(f"warning: {few_steps(state.global_step, seconds)}", file=sys.stderr)
         if control.should_training_stop or seconds - self._saved >= self.save_every:
             control.should_save = True
         self._show(state)
@@ -194,8 +212,16 @@ class RunTrainer(Trainer):
     The first batch item `first` (B,) tells the windows that begin with a zero state.
     """
 
-    def __init__(self, *args, run: Run, schedule: str = "cosine", stateful: bool = False, **kwargs):
-        super().__init__(*args, callbacks=[run], **kwargs)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        run: Run,
+        schedule: str = "cosine",
+        stateful: bool = False,
+        **kwargs,
+    ):
+        super().__init__(model, arguments, callbacks=[run], **kwargs)
         self.run, self.schedule, self.stateful = run, schedule, stateful
         self.states: xLSTMCache | None = None
         run.save_states = self.save_states
@@ -203,7 +229,7 @@ class RunTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer if optimizer is None else optimizer,
+                self.optimizer if optimizer is None else optimizer,  # type: ignore[arg-type]
                 lambda step: self.run.learning_rate_factor(step, self.schedule),
             )
         return self.lr_scheduler
