@@ -225,7 +225,7 @@ def share_weights(directory: Path) -> None:
     """Lets the second program of OpenVINO in a directory read its constants from the file of the first, which gets
     those that only the second has."""
 
-    def constants(tree: ElementTree.ElementTree) -> Iterator[tuple[ElementTree.Element, slice]]:
+    def constants(tree: "ElementTree.ElementTree[Any]") -> Iterator[tuple[ElementTree.Element, slice]]:
         for data in tree.iterfind(".//layer[@type='Const']/data"):
             start = int(data.attrib["offset"])
             yield data, slice(start, start + int(data.attrib["size"]))
@@ -233,10 +233,10 @@ def share_weights(directory: Path) -> None:
     programs = [directory / f"{program}.xml" for program in PROGRAMS]
     paths = [path.with_suffix(".bin") for path in programs]
     offsets: dict[bytes, int] = {}
-    contents = memoryview(np.memmap(paths[0], mode="r"))
+    contents = np.memmap(paths[0], mode="r").data
     for _, place in constants(ElementTree.parse(programs[0])):
         offsets.setdefault(hashlib.sha256(contents[place]).digest(), place.start)
-    tree, contents = ElementTree.parse(programs[1]), memoryview(np.memmap(paths[1], mode="r"))
+    tree, contents = ElementTree.parse(programs[1]), np.memmap(paths[1], mode="r").data
     with paths[0].open("ab") as file:
         for data, place in constants(tree):
             key = hashlib.sha256(contents[place]).digest()
