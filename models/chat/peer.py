@@ -1,6 +1,9 @@
 """Trains a Llama of as many parameters as the chat model, on the same tokens in windows of the same length.
 
-    python models/chat/peer.py runs/chat-llama --tokenizer runs/chat --text runs/chat-text --minutes 80
+    python models/chat/peer.py runs/chat-llama --tokenizer runs/chat --text runs/chat-text --seconds 1199 \\
+        --learning-rate 2e-3
+
+The same command again goes on from the last checkpoint.
 
 Its optimiser, schedule and loss are those of `hf-xlstm train`. Attention reaches as far as the window and does not see
 other documents in it, as the xLSTM does not.
@@ -9,7 +12,7 @@ other documents in it, as the xLSTM does not.
 import argparse
 import json
 import math
-import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ProgressC
 
 from hf_xlstm.commands.helpers.corpus import files
 from hf_xlstm.commands.helpers.tokens import Tokens, Windows, tokenise
-from hf_xlstm.commands.helpers.training import Budget, Run, RunTrainer
+from hf_xlstm.commands.helpers.training import Budget, Progress, Run, RunTrainer, last_checkpoint, read_progress
 
 
 LENGTH = 256  # tokens of a window
@@ -48,8 +51,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the chat model")
     parser.add_argument("--text", type=Path, required=True, help="directory that corpus.py wrote")
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--seconds", type=float, required=True, help="of processor time")
+    parser.add_argument("--learning-rate", type=float, required=True)
     args = parser.parse_args()
 
     set_seed(0)
@@ -62,11 +65,15 @@ def main() -> None:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = llama(len(tokenizer), **ids)
     print(f"{model.num_parameters():,} parameters")
+    checkpoint = last_checkpoint(args.output)
+    progress = Progress() if checkpoint is None else read_progress(checkpoint)
     run = Run(
-        Budget(60 * args.minutes, None),
+        Budget(args.seconds, None),
         evaluate=partial(windowed_bits_per_byte, tokenizer=tokenizer, documents=corpus.heldout[::16], length=LENGTH),
         evaluations=1,
+        progress=progress,
         tokens_per_step=BATCH * LENGTH,
+        clock=time.process_time,
     )
     arguments = TrainingArguments(
         output_dir=str(args.output),
@@ -87,23 +94,23 @@ def main() -> None:
     )
     trainer = RunTrainer(model, arguments, train_dataset=Windows(tokens, LENGTH), run=run)
     trainer.remove_callback(ProgressCallback)
-    before = sum(os.times()[:2])
-    trainer.train()
-    seconds = sum(os.times()[:2]) - before
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if run.signal:
+        return
     bits = windowed_bits_per_byte(model, tokenizer, corpus.heldout, LENGTH)
     model.save_pretrained(args.output)
     bits_per_nat = len(tokens) / tokens.nbytes / math.log(2)  # as `train` has it
     metrics = {
         "parameters": model.num_parameters(),
         "learning_rate": args.learning_rate,
-        "steps": run.progress.steps,
-        "processor_seconds": seconds,
+        "steps": progress.steps,
+        "processor_seconds": progress.seconds,
         "bits_per_byte": bits,
         "threads": torch.get_num_threads(),
-        "train_curve": [nats * bits_per_nat for _, nats in run.progress.train_curve],  # after step 1, 10, 20, …
+        "train_curve": [nats * bits_per_nat for _, nats in progress.train_curve],  # after step 1, 10, 20, …
     }
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    print(f"{bits:.3f} bits per held-out byte after {run.progress.steps} steps, {seconds:.0f} processor seconds")
+    print(f"{bits:.3f} bits per held-out byte after {progress.steps} steps, {progress.seconds:.0f} processor seconds")
 
 
 if __name__ == "__main__":

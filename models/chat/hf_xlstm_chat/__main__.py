@@ -13,7 +13,7 @@ from . import path
 
 
 def answers(lines: Iterable[str]) -> Iterator[str]:
-    """What the model says to each line. It ends with the lines, or where the model ends the conversation."""
+    """What the model says to each line, until it ends the conversation or there are no more lines."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     ids, cache = [tokenizer.bos_token_id], None
@@ -39,7 +39,7 @@ def prompt() -> Iterator[str]:
 def main() -> None:
     print("Say something; Ctrl-D ends the chat.", file=sys.stderr)
     for answer in answers(prompt()):
-        print(answer)
+        print(answer or "(The model ends the chat.)")
 
 
 if __name__ == "__main__":
