@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 # the packages of the extra `docs`: the site is made from the sources, without installing what they need
 DOCS_VENV ?= .venvs/docs
 DOCS := 'mkdocs>=1.6,<2' mkdocs-material 'mkdocstrings[python]'
-SOURCES := src scripts tests benchmarks
+SOURCES := src scripts tests benchmarks models
 # Transformers/torch of `make test-matrix`; src/hf_xlstm/versions.py states the range.
 MATRIX := 5.15.0/2.13.0 5.17.0/2.13.0 5.19.0/2.13.0 5.23.0/2.13.0 5.24.0/2.13.0 5.17.0/2.11.0 5.24.0/2.14.1
 OLDEST := $(firstword $(MATRIX))

@@ -16,6 +16,7 @@ rm -rf "$venv"
 # shellcheck disable=SC2086
 "$venv/bin/pip" install --quiet $1
 "$venv/bin/pip" install --quiet --constraint constraints.txt "$(echo dist/*.whl)[train]" pytest peft
+"$venv/bin/pip" install --quiet --no-deps ./models/chat  # README's first block uses it
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 tar -xzf dist/*.tar.gz -C "$folder" --strip-components 1
