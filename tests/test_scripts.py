@@ -184,7 +184,7 @@ ODD = {
         (["model", "--texts", "latin.txt"], "latin.txt is not UTF-8"),
         (["model", "--texts", "empty"], "empty: Is a directory"),
         (["model", "--texts", "ok.txt", "--output", "no/such/file"], "no/such/file"),
-        (["model", "--texts", "ok.txt", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["model", "--texts", "ok.txt", "--batch-size", "0"], "--batch-size: must be a whole number above 0"),
         (["model"], "nothing to evaluate"),
     ],
     "generate": [
