@@ -7,6 +7,7 @@ the states untouched. A prompt whose beginning is in the store of snapshots is r
 
 import copy
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -172,7 +173,8 @@ def prepare(model, id: str, prompt: list[int], generation_config: GenerationConf
     for name, value in (("guidance_scale", 1), ("token_healing", False)):
         if getattr(config, name, None) not in (None, value):
             raise ValueError(f"A batch cannot do `{name}`: use `generate`.")
-    ids = torch.tensor([prompt], device=model.device)
+    # a list of many tokens would take longer than the reply
+    ids = torch.frombuffer(array("q", prompt), dtype=torch.long).unsqueeze(0).to(model.device)
     if config.pad_token_id is None and config.eos_token_id is not None:  # which Transformers would say every time
         config.pad_token_id = token_list(torch.tensor(config.eos_token_id).reshape(-1))[0]
     model._prepare_special_tokens(config, device=model.device)
@@ -422,9 +424,10 @@ class BatchEngine:
                     request.weights = weights
                     # beside the end of the prompt, that of its last turn: what a chat template writes after it may be
                     # another text next time
-                    turns = (index + 1 for index in reversed(range(length)) if request.prompt[index] in request.eos)
+                    backwards = request.prompt[::-1]
+                    turns = [length - backwards.index(token) for token in request.eos if token in backwards]
                     every = range(self.store.every, length, self.store.every)
-                    request.borders = sorted({length, next(turns, length), *every})
+                    request.borders = sorted({length, max(turns, default=length), *every})
                     found = self.store.longest(weights[0], request.prompt)
                     if found is not None:
                         request.cache, request.read = found.to(self.model.device), found.get_seq_length()
