@@ -141,7 +141,8 @@ def headline(folder: Path) -> str:
                 fails = (
                     " (in bfloat16 the other fails)" if any("error" in row.get("in_tree", {}) for row in rows) else ""
                 )
-                parts.append(f"{HEADLINE[label]} {min(ratios):.1f} to {max(ratios):.1f} times{fails}")
+                span = " to ".join(sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}, key=float))
+                parts.append(f"{HEADLINE[label]} {span} times{fails}")
         if parts:
             text.append(f"On {machine}, relative to the xLSTM of Transformers: {', '.join(parts)} as fast.\n")
     return "".join(text)
