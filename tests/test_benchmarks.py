@@ -10,10 +10,12 @@ from common import tiny_model
 from benchmarks import provenance, tables
 from benchmarks.cpu import (
     breakdown,
+    commits,
     exported,
     generation,
     harness,
     ops,
+    quantized,
     serving,
     slstm_loops,
     speculative,
@@ -72,6 +74,26 @@ def test_quick_rows(script, patterns, monkeypatch, tmp_path):
             assert not any("error" in row["peers"][peer] for peer in PEERS if peer != IN_TREE)
         if name.startswith(("memory", "training")):
             assert row["peers"].keys() == PEERS.keys()
+
+
+@slow
+def test_commits(monkeypatch, tmp_path):
+    path = tmp_path / "results.json"
+    options = ["--before", str(provenance.ROOT), "--only", "*/float32", "--output", str(path)]
+    run(monkeypatch, commits, "--quick", "--rounds", "1", *options)
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == len(commits.TASKS) and all(len(row["seconds"]) == 2 for row in rows.values())
+
+
+@slow
+def test_memory_of_quantised_models(monkeypatch, tmp_path):
+    for package in ("bitsandbytes", "torchao"):
+        pytest.importorskip(package)
+    path = tmp_path / "results.json"
+    run(monkeypatch, quantized, "--quick", "--output", str(path))
+    results = json.loads(path.read_text())["rows"]
+    assert results.keys() == quantized.rows(True).keys()
+    assert results["memory/tiny/nf4"]["gigabytes"]["reloaded"]["generated"]["tokens"] == quantized.TOKENS
 
 
 @slow

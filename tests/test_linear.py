@@ -147,7 +147,9 @@ def test_bfloat16_of_processors_without_it(instructions, rows, bias, products, m
     exact = [p.detach().double().requires_grad_() for p in parameters]
     expected = F.linear(*exact)
     (y,) = joint_linear(x, layer)
-    assert [weight.dtype for weight in products] == [torch.float32] * (rows >= 16 and not instructions)
+    assert [weight.dtype for weight in products] == [torch.float32] * (
+        rows >= linear.MIN_WIDENED_ROWS and not instructions
+    )
     grads = torch.autograd.grad(y, parameters, dy)
     for actual, wanted in zip(
         (y, *grads), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True

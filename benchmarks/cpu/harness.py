@@ -139,12 +139,16 @@ def compare(
 
 def libraries(weight: torch.Tensor, rows: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Every way to a product with `weight` that PyTorch ships: its default, which is MKL for float32 on x86 and oneDNN
-    for bfloat16; oneDNN; and oneDNN with the weight laid out for it beforehand."""
+    for bfloat16; oneDNN; oneDNN with the weight laid out for it beforehand; and a bfloat16 product in float32, which
+    processors without bfloat16 compute sooner."""
     functions = {"default": lambda x: F.linear(x, weight)}
     if torch.backends.mkldnn.is_available():
         prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         for name, operand in (("onednn", weight), ("onednn_prepacked", prepacked)):
             functions[name] = functools.partial(_onednn, weight=operand)
+        if weight.dtype == torch.bfloat16:
+            wide = torch.ops.mkldnn._reorder_linear_weight(weight.float(), rows)
+            functions["onednn_float32"] = lambda x: _onednn(x.float(), wide).bfloat16()
     return functions
 
 

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils.logging import disable_progress_bar
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 from hf_xlstm.files import appearing, check_room, locked, replacing, replacing_file, write_text
@@ -281,6 +282,7 @@ def warn(metrics: dict) -> None:
 def run(args: argparse.Namespace) -> int:
     """A whole training, from its options to its results; the exit status."""
     need("matplotlib", "train")
+    disable_progress_bar()  # of Transformers, which has one for each checkpoint; that of the training stays
     if args.model:
         check_directory(args.model)
     if args.config:
