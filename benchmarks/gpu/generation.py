@@ -108,9 +108,12 @@ def jobs_of(name: str, model: Model, needs: tuple[str, ...]) -> Jobs:
             {"model": name, "measure": "first token", "context": length}, lambda: prefill(model(), length), needs
         )
 
-    graphs = (True, False) if name in COMPILED else (False,)
-    yield from (decode_job(*DECODE[0], static) for static in graphs)
+    yield decode_job(*DECODE[0], False)
     yield prefill_job(PROMPTS[0])
-    yield from (decode_job(*DECODE[1], static) for static in graphs)
+    yield decode_job(*DECODE[1], False)
+    if name in COMPILED:
+        yield decode_job(*DECODE[0], True)
     yield from map(prefill_job, PROMPTS[1:])
-    yield from (decode_job(*sizes, static) for sizes in DECODE[2:] for static in graphs)
+    yield from (decode_job(*sizes, False) for sizes in DECODE[2:])
+    if name in COMPILED:
+        yield from (decode_job(*sizes, True) for sizes in DECODE[1:])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from benchmarks import provenance
@@ -85,7 +86,7 @@ def milliseconds(function: Callable[[], object], leaves: list[torch.Tensor] | No
     return triton.testing.do_bench(function, warmup=50, rep=200, grad_to_none=leaves, return_mode="median")
 
 
-def milliseconds_cold_allocator(function: Callable[[], object], repetitions: int = 20) -> float:
+def milliseconds_cold_allocator(function: Callable[[], object], repetitions: int = 5) -> float:
     """Median under the protocol of the published numbers: the allocator's cache emptied before every call, gradients
     accumulated, the L2 cache left alone."""
     times = []
@@ -98,6 +99,19 @@ def milliseconds_cold_allocator(function: Callable[[], object], repetitions: int
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def kernel_milliseconds(function: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """Time on the GPU in one call, by the name of the kernel, the longest first."""
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    times = {event.key[:80]: event.self_device_time_total / calls / 1e3 for event in profiler.key_averages()}
+    longest = sorted((name for name, time in times.items() if time > 0), key=times.get, reverse=True)
+    return {name: round(times[name], 4) for name in longest[:24]}
 
 
 def peak_gigabytes(function: Callable[[], object]) -> float:

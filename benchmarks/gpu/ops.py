@@ -22,12 +22,20 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import harness
-from benchmarks.gpu.harness import Job, Jobs, milliseconds, milliseconds_cold_allocator, peak_gigabytes
+from benchmarks.gpu.harness import (
+    Job,
+    Jobs,
+    kernel_milliseconds,
+    milliseconds,
+    milliseconds_cold_allocator,
+    peak_gigabytes,
+)
 from benchmarks.peers import HF_XLSTM
 from benchmarks.provenance import relative_error
 from hf_xlstm.cells import environment, triton_common
 from hf_xlstm.cells.mlstm import triton_launch as launch
 from hf_xlstm.cells.mlstm import triton_ops
+from hf_xlstm.cells.slstm import triton_launch as slstm_launch
 from hf_xlstm.ops import mlstm, mlstm_step, slstm, slstm_step
 
 
@@ -63,6 +71,55 @@ VARIANTS = {
     "no spans": (launch, "MIN_SPANS", 10**9),
     "two spans or more": (launch, "MIN_SPANS", 2),
 }
+
+
+def retiled(kernels: str, **changes: int) -> tuple[object, str, Callable]:
+    """The launch plan with other tiles, of the kernels that are named."""
+    name = "on_chip_plan" if kernels == "on chip" else "plan"
+    planned = getattr(launch, name)
+
+    def plan(*arguments):
+        plan = planned(*arguments)
+        names = ("output",) if kernels == "on chip" else kernels.split()
+        return plan and plan._replace(**{name: getattr(plan, name)._replace(**changes) for name in names})
+
+    return launch, name, plan
+
+
+TILE_VARIANTS = {
+    "4 warps": retiled("state score output", num_warps=4),
+    "two stages": retiled("state score output", num_stages=2),
+    "four stages": retiled("state score output", num_stages=4),
+    "K tiles of 32": retiled("score output", BK=32),
+    "square tiles of 128": retiled("state score output", BK=128, BV=128),
+    "V tiles of 64": retiled("state output", BV=64),
+    "on chip: 4 warps": retiled("on chip", num_warps=4),
+    "on chip: one stage": retiled("on chip", num_stages=1),
+    "on chip: three stages": retiled("on chip", num_stages=3),
+    "on chip: 32 columns": retiled("on chip", BV=32),
+    "on chip: 128 columns": retiled("on chip", BV=128),
+}
+TILE_LENGTHS = [2048]
+
+
+def respread(**changes: int) -> tuple[object, str, Callable]:
+    """Several programs for each head of the sLSTM, with other tiles."""
+    planned = slstm_launch.spread_plan
+
+    def plan(*arguments):
+        plan = planned(*arguments)
+        return plan and plan._replace(tiles=plan.tiles._replace(**changes))
+
+    return slstm_launch, "spread_plan", plan
+
+
+SLSTM_VARIANTS = {
+    "one program per head": (slstm_launch, "spread_plan", lambda *_: None),
+    "4 warps": respread(num_warps=4),
+    "8 warps, 64 units": respread(num_warps=8, BD=64),
+    "2 warps, 16 units": respread(num_warps=2, BD=16),
+}
+SLSTM_VARIANT_SHAPES = [(16, 1024, D) for D in (256, 512)]
 SHORT_LENGTHS = [16, 64]
 SHORT_VARIANTS = {  # the same of sequences so short that they may be read token by token
     "as planned": (triton_ops, "MAX_RECURRENT", triton_ops.MAX_RECURRENT),
@@ -99,6 +156,11 @@ def check(op: Callable, inputs: Inputs, oracle: str, parts: list[Callable], boun
     if not all(errors[name] <= bound for name, bound in bounds.items()):
         raise ValueError(f"wrong result, not timed: {errors}, allowed {bounds}")
     return errors
+
+
+def check_mlstm(inputs: Inputs) -> dict:
+    parts = [functools.partial(sequence_and_head, i, i) for i in (0, -1)]
+    return check(mlstm, inputs, "torch", parts, BOUNDS)
 
 
 def sequence_and_head(row: int, head: int, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -163,8 +225,9 @@ def jobs() -> Jobs:
         name = {"op": "step", "kernel": HF_XLSTM, "B": B}
         yield Job(name, functools.partial(time_step, B, *SHAPES[0]), ("smoke/mlstm/step/bfloat16/*",))
     yield from slstm_jobs([HF_XLSTM])
+    yield from slstm_jobs(["cudnn_lstm"])
     yield from sequence_jobs(BASELINES, ATTENTION)
-    yield from slstm_jobs(["pytorch", "cudnn_lstm"])
+    yield from slstm_jobs(["pytorch"])
 
 
 def copy_bandwidth() -> dict[str, float]:
@@ -176,17 +239,32 @@ def copy_bandwidth() -> dict[str, float]:
 
 def variant_jobs() -> Jobs:
     """What the launch plan decides, decided otherwise."""
-    for variants, lengths in ((VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)):
+    for variant, replacement in SLSTM_VARIANTS.items():
+        for B, T, D in SLSTM_VARIANT_SHAPES:
+            name = {"op": "slstm_sequence", "kernel": HF_XLSTM, "B": B, "T": T, "D": D, "variant": variant}
+            work = functools.partial(slstm_variant_row, replacement, B, T, D)
+            yield Job(name, work, ("smoke/slstm/*ward/bfloat16/*",))
+    groups = (TILE_VARIANTS, TILE_LENGTHS), (VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)
+    for variants, lengths in groups:
         for variant, replacement in variants.items():
             for job in sequence_jobs({HF_XLSTM: native}, lengths=lengths):
-                yield Job(
-                    job.name | {"variant": variant}, functools.partial(run_variant, job, *replacement), job.needs
-                )
+                sizes = [job.name[x] for x in "SHKV"]
+                work = functools.partial(variant_row, replacement, *sizes)
+                yield Job(job.name | {"variant": variant}, work, job.needs)
 
 
-def run_variant(job: Job, module: object, name: str, value: object) -> dict:
-    with mock.patch.object(module, name, value):
-        return job.run()
+def slstm_variant_row(replacement: tuple[object, str, object], *sizes: int) -> dict:
+    with mock.patch.object(*replacement):
+        return slstm_sequence(HF_XLSTM, *sizes)
+
+
+def variant_row(replacement: tuple[object, str, object], S: int, H: int, K: int, V: int) -> dict:
+    with mock.patch.object(*replacement):
+        inputs = make_inputs(S, H, K, V)
+        row = {"errors": check_mlstm(inputs)}
+        inference, training = passes(native(inputs)[0])
+        row |= {"forward_ms": milliseconds(inference), "training_ms": milliseconds(training, native(inputs)[1])}
+        return row | {"kernel_ms": kernel_milliseconds(lambda: (inference(), training()))}
 
 
 def sequence_jobs(
@@ -206,8 +284,7 @@ def sequence_row(make: Callable, S: int, H: int, K: int, V: int) -> dict:
     inputs = make_inputs(S, H, K, V)
     row = {}
     if make is native:
-        parts = [functools.partial(sequence_and_head, i, i) for i in (0, -1)]
-        row["errors"] = check(mlstm, inputs, "torch", parts, BOUNDS)
+        row["errors"] = check_mlstm(inputs)
     forward, leaves = make(inputs)
     return row | time_sequence(forward, leaves) | time_with_cold_allocator(forward)
 
@@ -294,15 +371,14 @@ def slstm_sequence(kernel: str, B: int, T: int, D: int) -> dict:
         return time_sequence(*cudnn_lstm(B, T, SLSTM_HEADS * D))
     inputs, row = make_slstm_inputs(B, T, D), {}
     if kernel == HF_XLSTM:
-        parts = [functools.partial(slstm_head, i) for i in (0, -1)]
-        row["errors"] = check(slstm, inputs, "reference", parts, SLSTM_BOUNDS)
+        row["errors"] = check(slstm, inputs, "reference", [outer_heads], SLSTM_BOUNDS)
     return row | time_sequence(lambda: slstm(**inputs, backend=SLSTM_BACKENDS[kernel])[0], list(inputs.values()))
 
 
-def slstm_head(head: int, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Gradients of all sequences, which share the parameters."""
+def outer_heads(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The first and the last head of all sequences, which share the parameters."""
     dim = {"gates": 3, "recurrent_weight": 1, "bias": 1, "h": 2}[name]
-    return x.select(dim, head).unsqueeze(dim)
+    return x.index_select(dim, torch.tensor([0, x.shape[dim] - 1], device=x.device))
 
 
 def cudnn_lstm(B: int, T: int, width: int):

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from benchmarks.gpu.steps import STEPS
 
 
+KERNELS = 12  # of a breakdown, those that are shown
+
+
 def outcome(row: dict) -> str:
     """One line."""
     if "skipped" in row:
@@ -20,6 +23,9 @@ def outcome(row: dict) -> str:
 
 def numbers(result: dict) -> Iterator[str]:
     for name, value in result.items():
+        if name == "kernel_ms":
+            yield from (f"{kernel} {milliseconds:.3g}" for kernel, milliseconds in [*value.items()][:KERNELS])
+            continue
         if isinstance(value, dict):
             value = max(value.values(), default=0.0)
             name = f"largest of {name}"

@@ -16,8 +16,9 @@ STEPS = {
     "smoke": Step(60, 40),
     "tests": Step(150, 60),  # the kernels' own
     "ops": Step(150, 45),  # at the shapes of the targets; then the baselines
-    "generation": Step(90, 60),
+    "generation": Step(120, 100),
     "training": Step(90, 60),
+    "breakdown": Step(45, 40),  # what takes the time, kernel by kernel
     "variants": Step(math.inf, 45),  # of the launch plan, in what time is left
 }
 POISONED = 3  # exit code of a worker whose GPU context is beyond use

@@ -22,7 +22,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package of the checkout
 
-from benchmarks.gpu import generation, harness, ops, smoke, training
+from benchmarks.gpu import breakdown, generation, harness, ops, smoke, training
 from benchmarks.gpu.steps import POISONED
 from benchmarks.provenance import ROOT
 
@@ -51,6 +51,7 @@ def work(args: argparse.Namespace) -> int:
         "ops": ops.jobs,
         "generation": generation.jobs,
         "training": training.jobs,
+        "breakdown": breakdown.jobs,
         "variants": ops.variant_jobs,
     }
     found, missing = [], []

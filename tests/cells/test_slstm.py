@@ -40,7 +40,7 @@ def paper(gates, weight, bias, state):
     return torch.stack(outputs, dim=1), h, c, n
 
 
-@on("reference", "torch", "triton", "streamed")
+@on("reference", "torch", "triton", "streamed", "spread")
 def test_formula_of_the_paper(backend, dtype):
     leaves = [x.detach().requires_grad_() for x in (*make_inputs(dtype=dtype), *make_state(dtype=dtype))]
     expected = paper(*double(leaves[:3]), double(leaves[3:]))
@@ -54,7 +54,7 @@ def test_formula_of_the_paper(backend, dtype):
         assert relative_error(x, y) < {F64: 1e-12, F32: 1e-4}[dtype]
 
 
-@on("reference", "torch", "triton", "streamed")
+@on("reference", "torch", "triton", "streamed", "spread")
 def test_first_step_from_nothing(backend, dtype):
     """Where n = 0 the new input is all there is, however weak, and whatever m says."""
     gates, weight, bias = make_inputs(T=1, dtype=dtype)
@@ -74,13 +74,13 @@ def test_lengths_and_dtypes(length, backend, dtype):
     assert_exact(make_inputs(T=length, D=5, dtype=dtype), backend)
 
 
-@on("triton", "streamed", dtypes=ALL)
+@on("triton", "streamed", "spread", dtypes=ALL)
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_short_lengths_and_dtypes(length, backend, dtype):
     assert_exact(make_inputs(B=1, T=length, H=1, dtype=dtype), backend)
 
 
-@on("torch", "triton", "streamed", dtypes=(F64, F32, BF16))
+@on("torch", "triton", "streamed", "spread", dtypes=(F64, F32, BF16))
 @pytest.mark.parametrize("gates", GATES)
 def test_gate_regimes(gates, backend, dtype):
     length = 8 if backend == "triton" else 150
@@ -94,14 +94,14 @@ def test_head_dims(heads, head_dim, backend, dtype):
     assert_exact(make_inputs(T=3, H=heads, D=head_dim, dtype=dtype), backend)
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 def test_batch(rows, backend, dtype):
     """Triton's programs have 16 rows."""
     assert_exact(make_inputs(B=rows, T=3, H=1, dtype=dtype), backend)
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)], ids=FORWARD)
 @pytest.mark.parametrize("state", ["any", None])
 def test_losses(state, weights, backend, dtype):
@@ -140,7 +140,7 @@ def test_one_output_used(part, backend, dtype):
         assert relative_error(gradients[1], gradients[0]) < {F64: 1e-12, F32: 1e-5}[dtype]
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 def test_small_cell_inputs_keep_their_digits(backend, dtype):
     """tanh near 0: everything is small, h in proportion."""
     gates, weight, bias = make_inputs(dtype=dtype)
@@ -150,7 +150,7 @@ def test_small_cell_inputs_keep_their_digits(backend, dtype):
     assert_exact((gates, weight, bias), backend, (h, c * 1e-3, n, m))
 
 
-@on("reference", "torch", "triton", "streamed")
+@on("reference", "torch", "triton", "streamed", "spread")
 def test_no_initial_state_is_zeros(backend, dtype):
     inputs = make_inputs(dtype=dtype)
     zeros = tuple(torch.zeros_like(x) for x in state_for(inputs))
@@ -160,7 +160,7 @@ def test_no_initial_state_is_zeros(backend, dtype):
     assert slstm(*inputs, backend=backend)[1] is None
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 def test_partly_empty_state(backend, dtype):
     """n = 0 in some units and rows, not in others."""
     inputs = make_inputs(dtype=dtype)
@@ -171,7 +171,7 @@ def test_partly_empty_state(backend, dtype):
     assert (actual["dn0"][empty] == 0).all()
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("layout", ["time first", "gates last", "heads first", "shared by heads", "one token"])
 def test_strides(layout, backend, dtype):
     """Of the gates, the recurrent weight and the state; the numbers are those of contiguous inputs."""
@@ -194,7 +194,7 @@ def test_strides(layout, backend, dtype):
     assert torch.equal(expected, actual["h"])
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("gates_dtype, parameter_dtype", [(F32, BF16), (BF16, F32), (F32, F64), (F64, F32)], ids=str)
 def test_parameters_of_another_dtype(gates_dtype, parameter_dtype, backend, dtype):
     gates_dtype = F16 if (backend, gates_dtype) == ("triton", F64) else gates_dtype
@@ -218,7 +218,7 @@ def test_autocast_leaves_the_op_alone(backend, dtype):
         assert torch.equal(slstm_step(inputs[0][:, 0], *inputs[1:], state, backend=backend)[0], expected)
 
 
-@on("torch", "triton", "streamed", dtypes=(F64, F32, BF16))
+@on("torch", "triton", "streamed", "spread", dtypes=(F64, F32, BF16))
 @pytest.mark.parametrize("masking", MASKS)
 def test_mask(masking, backend, dtype):
     inputs = make_inputs(T=8, H=1, dtype=dtype)
@@ -236,7 +236,7 @@ def test_mask(masking, backend, dtype):
         assert all(torch.equal(x[0], y[0]) for x, y in zip(final, state, strict=True))
 
 
-@on("reference", "torch", "triton", "streamed")
+@on("reference", "torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("masking", MASKS)
 def test_masked_tokens_are_absent(masking, backend, dtype):
     """Gate values alone could not do this: a masked step must not move h either, which the next step reads."""
@@ -254,7 +254,7 @@ def test_masked_tokens_are_absent(masking, backend, dtype):
     assert_same_states(final, expected, SAME[dtype])
 
 
-@on("torch", "triton", "streamed", dtypes=(F64, F32))
+@on("torch", "triton", "streamed", "spread", dtypes=(F64, F32))
 @pytest.mark.parametrize("bounds", [[0, 7], [0, 1, 2, 5, 8], [0, 0, 5, 5, 6, 9, 9], list(range(8))], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed(bounds, masked, backend, dtype):
@@ -283,7 +283,7 @@ def test_packed(bounds, masked, backend, dtype):
         assert_same_states(own_final, alone_final, SAME[dtype])
 
 
-@on("torch", "triton", "streamed", dtypes=(F32,))
+@on("torch", "triton", "streamed", "spread", dtypes=(F32,))
 def test_packed_documents_do_not_leak(backend, dtype):
     """Not even where the earlier document shouts and the later one whispers."""
     gates, *parameters = make_inputs(B=1, T=6, H=1, dtype=dtype)
@@ -321,7 +321,7 @@ def test_huge_gates_are_exact(backend, dtype):
     assert_exact((gates * 1e4, *parameters), backend, tolerance=(1e-10, INF))
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 def test_infinite_gates_are_exact(backend, dtype):
     """-inf: nothing is stored, everything is forgotten; +inf: everything is kept."""
     inputs = make_inputs(T=8, H=1, dtype=dtype)
@@ -329,7 +329,7 @@ def test_infinite_gates_are_exact(backend, dtype):
     assert_exact(inputs, backend)
 
 
-@on("reference", "torch", "triton", "streamed", dtypes=ALL)
+@on("reference", "torch", "triton", "streamed", "spread", dtypes=ALL)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_step(inplace, backend, dtype):
     """Steps against the sequence; in place they write into the tensors they were given, else they leave them alone."""
@@ -364,7 +364,7 @@ def test_step_in_place_leaves_earlier_outputs_alone(backend, dtype):
     assert torch.equal(h, before)
 
 
-@on("torch", "triton", "streamed")
+@on("torch", "triton", "streamed", "spread")
 @pytest.mark.parametrize("pieces", [[1] * 3, [2, 3, 1]], ids=["steps", "pieces"])
 def test_gradients_through_pieces(pieces, backend, dtype):
     """Backpropagation through a sequence run in pieces, by the state between them, equals that in one go."""

@@ -24,7 +24,7 @@ from hf_xlstm.ops import slstm
 @pytest.mark.parametrize("major", [0, 8, 9, 12])
 def test_plan_fits(D, dtype, major):
     """R stays on chip only whole, and where it fits there; tiles are powers of two."""
-    cut = plan(dtype, D, GPU(major, processors=1))
+    cut = plan(dtype, D, GPU(major, processors=1)).tiles
     if cut.BK is None:
         assert D <= cut.BD
         assert 4 * cut.BD**2 * (2 if dtype == BF16 else 4) <= (128 if major == 9 else 32) * 1024
@@ -33,7 +33,7 @@ def test_plan_fits(D, dtype, major):
 
 def test_battery_meets_both_plans():
     """The head dims of test_slstm.py: 20 stays on chip, 33 and 160 are streamed."""
-    resident = [plan(F32, D, GPU(major=0, processors=1)).BK is None for D in (20, 33, 160)]
+    resident = [plan(F32, D, GPU(major=0, processors=1)).tiles.BK is None for D in (20, 33, 160)]
     assert resident == [True, False, False]
 
 

@@ -112,13 +112,14 @@ def test_mlstm_step(kind, scale):
 # --- sLSTM
 
 
-@pytest.fixture(params=["resident", "streamed"])
+@pytest.fixture(params=["resident", "streamed", "spread"])
 def head_dim(request, monkeypatch):
-    """A head whose R stays on chip, and one that is read in tiles at every step."""
+    """A head whose R stays on chip, one that is read in tiles at every step, and one of several programs."""
     if request.param == "resident":
         return 5
     tiles = Tiles(num_warps=4, num_stages=1, BB=slstm_launch.BB, BD=16, BK=16)
-    monkeypatch.setattr(slstm_launch, "plan", lambda *_: tiles)
+    plan = slstm_launch.Plan(tiles, spread=request.param == "spread")
+    monkeypatch.setattr(slstm_launch, "spread_plan", lambda *_: plan)
     return 20
 
 

@@ -55,14 +55,15 @@ def slstm(dtype, head_dim=5):
     return step, pool
 
 
-@pytest.fixture(params=["mlstm", "slstm resident", "slstm streamed"])
+@pytest.fixture(params=["mlstm", "slstm resident", "slstm streamed", "slstm spread"])
 def cell(request, monkeypatch):
     if request.param == "mlstm":
         return mlstm
     if request.param == "slstm resident":
         return slstm
     tiles = Tiles(num_warps=4, num_stages=1, BB=slstm_launch.BB, BD=16, BK=16)
-    monkeypatch.setattr(slstm_launch, "plan", lambda *_: tiles)
+    plan = slstm_launch.Plan(tiles, spread=request.param == "slstm spread")
+    monkeypatch.setattr(slstm_launch, "spread_plan", lambda *_: plan)
     return lambda dtype: slstm(dtype, head_dim=20)
 
 

@@ -33,7 +33,8 @@ from ..triton_common import log_sigmoid
 
 # An input gate of -inf counts as this: -inf - -inf must not arise.
 LOWEST = tl.constexpr(-3e38)
-PER_CALL = ["T", "N", "units", "stride_mb", "stride_mt"]
+MAX_POLLS = tl.constexpr(2**20)  # about a second, where a step takes microseconds
+PER_CALL = ["T", "N", "units", "first_step", "end_step", "stride_mb", "stride_mt"]
 
 
 @triton.jit
@@ -51,9 +52,9 @@ def tanh(x):
 
 
 @triton.jit
-def work(N, T, p_cu_seqlens, H: tl.constexpr, BB: tl.constexpr):
+def work(pid, N, T, p_cu_seqlens, H: tl.constexpr, BB: tl.constexpr):
     """The program's head and sequences; for each sequence whether it in_n, its row, first token and length."""
-    o_n = tl.cast(tl.program_id(0) // H * BB + tl.arange(0, BB), tl.int64)
+    o_n = tl.cast(pid // H * BB + tl.arange(0, BB), tl.int64)
     in_n = o_n < N
     if p_cu_seqlens is not None:
         row = tl.zeros_like(o_n)
@@ -63,7 +64,7 @@ def work(N, T, p_cu_seqlens, H: tl.constexpr, BB: tl.constexpr):
         row = tl.where(in_n, o_n, 0)
         start = tl.zeros_like(o_n)
         length = tl.where(in_n, tl.zeros_like(o_n) + T, 0)
-    return tl.program_id(0) % H, o_n, in_n, row, start, length
+    return pid % H, o_n, in_n, row, start, length
 
 
 @triton.jit
@@ -184,6 +185,29 @@ def cell_backward(dh, dc, dn, b_u, b_shut, b_z, b_o, b_c, b_c_before):
     return d_i, d_f, d_z, dh * b_h * (1.0 - b_o), b_f * dc, b_f * dn
 
 
+@triton.jit
+def load_exchanged(p, o_k, in_n, D: tl.constexpr):
+    """What other programs have written, from the L2 cache: the one of a processor may hold it as it was before."""
+    return tl.load(p + o_k[None, :], mask=in_n[:, None] & (o_k < D)[None, :], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def arrive(p_arrived):
+    """Tells the programs of the same head and sequences that what this one has written can be read."""
+    tl.debug_barrier()
+    tl.atomic_add(p_arrived, 1, sem="release")
+
+
+@triton.jit
+def wait(p_arrived, programs):
+    """Until so many have arrived; all of them run, since they were launched together. 0, or NaN if they do not come:
+    whatever is wrong then must show, and the GPU must not hang."""
+    polls = 0
+    while (polls < MAX_POLLS) & (tl.atomic_add(p_arrived, 0, sem="acquire") < programs):
+        polls += 1
+    return tl.where(polls < MAX_POLLS, 0.0, float("nan"))
+
+
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +246,7 @@ def forward_resident_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
+    h, o_n, in_n, row, start, length = work(tl.program_id(0), N, T, p_cu_seqlens, H, BB)
     state_row, has_state = state_rows(p_state_indices, o_n, in_n)
     o_d = tl.arange(0, BD)
     in_d = o_d < D
@@ -318,7 +342,7 @@ def forward_streamed_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
+    h, o_n, in_n, row, start, length = work(tl.program_id(0), N, T, p_cu_seqlens, H, BB)
     p_gates += h * stride_gh
     o_gates = row * stride_gb + start * stride_gt
     o_token = (row * T + start) * (H * D) + h * D
@@ -408,6 +432,145 @@ def forward_streamed_kernel(
         tl.store(p_m_final + o_state, b_m, mask=inside)
 
 
+@triton.jit(do_not_specialize=PER_CALL)
+def forward_spread_kernel(
+    p_gates,
+    p_recurrent_weight,  # (4, H, D_out, D_in)
+    p_bias,
+    p_mask,
+    p_cu_seqlens,
+    p_state_indices,  # (N,) the row of the states that each sequence has, negative for none; None: its own
+    p_h_initial,  # (rows, H, D), like all states
+    p_c_initial,
+    p_n_initial,
+    p_m_initial,
+    p_h_final,  # between launches h, c and m of n = 1, and in p_n_final the rest of m
+    p_c_final,
+    p_n_final,
+    p_m_final,
+    p_h,  # (B, T, H, D)
+    p_saved,  # (B, T, 4, H, D)
+    p_c,  # (B, T, H, D)
+    p_h_before,  # (2, N, H, D): h_{t-1} in half t % 2, the initial one comes there
+    p_touched,  # (N,) whether a sequence has taken a step, between launches
+    p_arrived,  # (tiles of sequences * H,) programs that have finished a step, all steps counted; comes as 0
+    units,  # D, at run time: were it known, the compiler would unroll the loops over tiles, and spill
+    first_step,
+    end_step,
+    T,
+    N,
+    stride_gb,
+    stride_gt,
+    stride_gg,
+    stride_gh,
+    stride_mb,
+    stride_mt,
+    stride_state_row,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Steps first_step to end_step."""
+    NS: tl.constexpr = (D + BD - 1) // BD
+    pid = tl.program_id(0)
+    h, o_n, in_n, row, start, length = work(pid // NS, N, T, p_cu_seqlens, H, BB)
+    state_row, has_state = state_rows(p_state_indices, o_n, in_n)
+    o_d = pid % NS * BD + tl.arange(0, BD)
+    in_d = o_d < D
+    inside = has_state[:, None] & in_d[None, :]  # [BB, BD]
+    o_state = (state_row * stride_state_row + h * D)[:, None] + o_d[None, :]
+    if first_step == 0:
+        b_h, b_c, b_m, b_rest = load_state(p_h_initial, p_c_initial, p_n_initial, p_m_initial, o_state, inside)
+        touched = tl.zeros_like(length) != 0
+    else:
+        b_h = tl.load(p_h_final + o_state, mask=inside, other=0.0)
+        b_c = tl.load(p_c_final + o_state, mask=inside, other=0.0)
+        b_m = tl.load(p_m_final + o_state, mask=inside, other=0.0)
+        b_rest = tl.load(p_n_final + o_state, mask=inside, other=0.0)
+        touched = tl.load(p_touched + o_n, mask=in_n, other=0) != 0
+
+    p_gates += h * stride_gh
+    o_gates = row * stride_gb + start * stride_gt
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
+    o_head = ((o_n * H + h) * D)[:, None]
+    half = tl.cast(N, tl.int64) * H * D
+    o_k = tl.arange(0, BK)
+    if BK >= D:
+        w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, 1, D, H, D, DOT)  # [BK, BD]
+    bias_i, bias_f, bias_z, bias_o = load_four(p_bias, h * D + o_d, H * D, in_d)
+    p_arrived += pid // NS
+    steps = tl.max(length, 0)
+    live = is_live(p_mask, first_step, row, start, length, stride_mb, stride_mt)
+    o_first = places(o_gates, first_step, stride_gt, o_d)
+    x_i, x_f, x_z, x_o = load_four(p_gates, o_first, stride_gg, live[:, None] & inside)
+    for t in range(first_step, tl.minimum(steps, end_step)):
+        # The gates of a step are loaded while the step before is computed.
+        next_live = is_live(p_mask, t + 1, row, start, length, stride_mb, stride_mt)
+        o_next = places(o_gates, t + 1, stride_gt, o_d)
+        next_i, next_f, next_z, next_o = load_four(p_gates, o_next, stride_gg, next_live[:, None] & inside)
+
+        p_read = p_h_before + t % 2 * half
+        b_i = x_i.to(tl.float32) + bias_i[None, :]
+        b_f = x_f.to(tl.float32) + bias_f[None, :]
+        b_z = x_z.to(tl.float32) + bias_z[None, :]
+        b_o = x_o.to(tl.float32) + bias_o[None, :]
+        if BK >= D:
+            b_h_before = load_exchanged(p_read + o_head, o_k, in_n, D).to(DOT)  # [BB, BK]
+            b_i = tl.dot(b_h_before, w_i, acc=b_i, input_precision=PRECISION)
+            b_f = tl.dot(b_h_before, w_f, acc=b_f, input_precision=PRECISION)
+            b_z = tl.dot(b_h_before, w_z, acc=b_z, input_precision=PRECISION)
+            b_o = tl.dot(b_h_before, w_o, acc=b_o, input_precision=PRECISION)
+        else:
+            for first_k in range(0, units, BK):
+                b_h_before = load_exchanged(p_read + o_head, first_k + o_k, in_n, D).to(DOT)
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, first_k + o_k, o_d, 1, D, H, D, DOT)
+                b_i = tl.dot(b_h_before, w_i, acc=b_i, input_precision=PRECISION)
+                b_f = tl.dot(b_h_before, w_f, acc=b_f, input_precision=PRECISION)
+                b_z = tl.dot(b_h_before, w_z, acc=b_z, input_precision=PRECISION)
+                b_o = tl.dot(b_h_before, w_o, acc=b_o, input_precision=PRECISION)
+        new_c, new_m, new_rest, b_u, b_shut, b_z, b_o = cell(b_i, b_f, b_z, b_o, b_c, b_m, b_rest)  # [BB, BD]
+        b_live = live[:, None] & inside
+        b_c = tl.where(b_live, new_c, b_c)
+        b_m = tl.where(b_live, new_m, b_m)
+        b_rest = tl.where(b_live, new_rest, b_rest)
+        b_h = tl.where(b_live, b_o * new_c, b_h)
+        touched |= live
+        p_write = p_h_before + (t + 1) % 2 * half
+        tl.store(p_write + o_head + o_d[None, :], b_h.to(p_h_before.dtype.element_ty), mask=inside)
+        arrive(p_arrived)
+
+        in_t = (t < length)[:, None] & in_d[None, :]
+        o_token_t = places(o_token, t, H * D, o_d)
+        tl.store(p_h + o_token_t, tl.where(b_live, b_h, 0.0).to(p_h.dtype.element_ty), mask=in_t)
+        if p_saved is not None:
+            store_four(p_saved, places(o_saved, t, 4 * H * D, o_d), H * D, b_u, b_shut, b_z, b_o, in_t)
+            tl.store(p_c + o_token_t, b_c, mask=in_t)
+        live = next_live
+        x_i, x_f, x_z, x_o = next_i, next_f, next_z, next_o
+        if t + 1 < tl.minimum(steps, end_step):
+            b_c += wait(p_arrived, (t + 1 - first_step) * NS)
+
+    if end_step >= T:
+        # A sequence without a step keeps its state as it is, even its n.
+        untouched = inside & (touched == 0)[:, None]
+        b_m, b_rest = add(b_m, b_rest)
+        b_n = tl.where(untouched, tl.load(p_n_initial + o_state, mask=untouched, other=0.0), tl.exp(b_rest))
+        b_c = tl.where(untouched, tl.load(p_c_initial + o_state, mask=untouched, other=0.0), b_c * b_n)
+        b_m = tl.where(untouched, tl.load(p_m_initial + o_state, mask=untouched, other=0.0), b_m)
+        b_rest = b_n
+    else:
+        tl.store(p_touched + o_n, touched.to(tl.int32), mask=in_n)
+    tl.store(p_h_final + o_state, b_h, mask=inside)
+    tl.store(p_c_final + o_state, b_c, mask=inside)
+    tl.store(p_n_final + o_state, b_rest, mask=inside)
+    tl.store(p_m_final + o_state, b_m, mask=inside)
+
+
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +602,7 @@ def backward_resident_kernel(
     PRECISION: tl.constexpr,
 ):
     """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
-    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
+    h, o_n, in_n, row, start, length = work(tl.program_id(0), N, T, p_cu_seqlens, H, BB)
     o_d = tl.arange(0, BD)
     inside = in_n[:, None] & (o_d < D)[None, :]
     w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_d, o_d, D, 1, H, D, DOT)  # [BD_out, BD_in]
@@ -528,7 +691,7 @@ def backward_streamed_kernel(
     PRECISION: tl.constexpr,
 ):
     """Each round adds R^T dx of the step behind to dh; the last one, t = -1, does nothing else."""
-    h, o_n, in_n, row, start, length = work(N, T, p_cu_seqlens, H, BB)
+    h, o_n, in_n, row, start, length = work(tl.program_id(0), N, T, p_cu_seqlens, H, BB)
     o_token = (row * T + start) * (H * D) + h * D
     o_saved = (row * T + start) * (4 * H * D) + h * D
     o_head = (o_n * H + h) * D
@@ -587,3 +750,130 @@ def backward_streamed_kernel(
             in_t = ((t >= 0) & (t < length))[:, None] & inside
             store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, in_t)
         tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def backward_spread_kernel(
+    p_recurrent_weight,  # (4, H, D_out, D_in)
+    p_mask,
+    p_cu_seqlens,
+    p_saved,  # (B, T, 4, H, D)
+    p_c,  # (B, T, H, D)
+    p_c_initial,  # that of n = 1
+    p_dh,  # (B, T, H, D)
+    p_dh_final,
+    p_dc_final,
+    p_dn_final,
+    p_dgates,  # (B, T, 4, H, D)
+    p_dh_initial,  # dh, dc and dn of n = 1 between launches
+    p_dc_initial,
+    p_dn_initial,
+    p_dx,  # (2, N, 4, H, D): the gates' gradients of the step behind and of this one; the first half comes as 0
+    p_arrived,  # (tiles of sequences * H,) programs that have finished a step, all steps counted; comes as 0
+    units,  # D, at run time: were it known, the compiler would unroll the loops over tiles, and spill
+    first_step,
+    end_step,
+    T,
+    N,
+    stride_mb,
+    stride_mt,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rounds first_step to end_step. Each adds R^T dx of the step behind to dh; the last one, t = -1, does nothing
+    else."""
+    NS: tl.constexpr = (D + BD - 1) // BD
+    pid = tl.program_id(0)
+    h, o_n, in_n, row, start, length = work(pid // NS, N, T, p_cu_seqlens, H, BB)
+    o_d = pid % NS * BD + tl.arange(0, BD)
+    inside = in_n[:, None] & (o_d < D)[None, :]  # [BB, BD]
+    o_state = ((o_n * H + h) * D)[:, None] + o_d[None, :]
+    if first_step == 0:
+        b_dh = tl.load(p_dh_final + o_state, mask=inside, other=0.0)
+        b_dc = tl.load(p_dc_final + o_state, mask=inside, other=0.0)
+        b_dn = tl.load(p_dn_final + o_state, mask=inside, other=0.0)
+    else:
+        b_dh = tl.load(p_dh_initial + o_state, mask=inside, other=0.0)
+        b_dc = tl.load(p_dc_initial + o_state, mask=inside, other=0.0)
+        b_dn = tl.load(p_dn_initial + o_state, mask=inside, other=0.0)
+
+    o_token = (row * T + start) * (H * D) + h * D
+    o_saved = (row * T + start) * (4 * H * D) + h * D
+    o_dx = ((o_n * 4 * H + h) * D)[:, None]
+    half = tl.cast(N, tl.int64) * 4 * H * D
+    o_k = tl.arange(0, BK)
+    if BK >= D:
+        w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_k, o_d, D, 1, H, D, DOT)  # [BK, BD]
+    p_arrived += pid // NS
+    steps = tl.max(length, 0)
+    rounds = tl.minimum(steps + 1, end_step)
+    last = steps - 1 - first_step
+    live = is_live(p_mask, last, row, start, length, stride_mb, stride_mt)
+    b_live = live[:, None] & inside
+    b_u, b_shut, b_z, b_o = load_four(p_saved, places(o_saved, last, 4 * H * D, o_d), H * D, b_live)
+    o_token_t = places(o_token, last, H * D, o_d)
+    b_c = tl.load(p_c + o_token_t, mask=b_live, other=0.0)
+    b_out = tl.load(p_dh + o_token_t, mask=b_live, other=0.0)
+    for step in range(first_step, rounds):
+        t = tl.zeros_like(length) + (steps - 1 - step)
+        # What the step before needs is loaded while this one is computed.
+        next_live = is_live(p_mask, t - 1, row, start, length, stride_mb, stride_mt)
+        b_next_live = next_live[:, None] & inside
+        o_before = places(o_token, t - 1, H * D, o_d)
+        b_c_before = tl.load(p_c + o_before, mask=((t > 0) & (t <= length))[:, None] & inside, other=0.0)
+        b_c_before += tl.load(p_c_initial + o_state, mask=(t == 0)[:, None] & inside, other=0.0)
+        o_saved_before = places(o_saved, t - 1, 4 * H * D, o_d)
+        next_u, next_shut, next_z, next_o = load_four(p_saved, o_saved_before, H * D, b_next_live)
+        next_out = tl.load(p_dh + o_before, mask=b_next_live, other=0.0)
+
+        p_read = p_dx + step % 2 * half + o_dx
+        if BK >= D:
+            b_dh = tl.dot(load_exchanged(p_read, o_k, in_n, D).to(DOT), w_i, acc=b_dh, input_precision=PRECISION)
+            p_read += H * D
+            b_dh = tl.dot(load_exchanged(p_read, o_k, in_n, D).to(DOT), w_f, acc=b_dh, input_precision=PRECISION)
+            p_read += H * D
+            b_dh = tl.dot(load_exchanged(p_read, o_k, in_n, D).to(DOT), w_z, acc=b_dh, input_precision=PRECISION)
+            p_read += H * D
+            b_dh = tl.dot(load_exchanged(p_read, o_k, in_n, D).to(DOT), w_o, acc=b_dh, input_precision=PRECISION)
+        else:
+            for first_k in range(0, units, BK):
+                o_tile = first_k + o_k
+                d_i = load_exchanged(p_read, o_tile, in_n, D).to(DOT)  # [BB, BK]
+                d_f = load_exchanged(p_read + H * D, o_tile, in_n, D).to(DOT)
+                d_z = load_exchanged(p_read + 2 * H * D, o_tile, in_n, D).to(DOT)
+                d_o = load_exchanged(p_read + 3 * H * D, o_tile, in_n, D).to(DOT)
+                w_i, w_f, w_z, w_o = load_weights(p_recurrent_weight, h, o_tile, o_d, D, 1, H, D, DOT)
+                b_dh = tl.dot(d_i, w_i, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_f, w_f, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_z, w_z, acc=b_dh, input_precision=PRECISION)
+                b_dh = tl.dot(d_o, w_o, acc=b_dh, input_precision=PRECISION)
+        dh = b_dh + b_out.to(tl.float32)  # [BB, BD]
+        b_di, b_df, b_dz, b_do, dc, dn = cell_backward(dh, b_dc, b_dn, b_u, b_shut, b_z, b_o, b_c, b_c_before)
+        b_live = live[:, None] & inside
+        b_di = tl.where(b_live, b_di, 0.0)
+        b_df = tl.where(b_live, b_df, 0.0)
+        b_dz = tl.where(b_live, b_dz, 0.0)
+        b_do = tl.where(b_live, b_do, 0.0)
+        b_dh = tl.where(b_live, 0.0, b_dh)
+        b_dc = tl.where(b_live, dc, b_dc)
+        b_dn = tl.where(b_live, dn, b_dn)
+        p_write = p_dx + (step + 1) % 2 * half + o_dx
+        store_four(p_write, o_d[None, :], H * D, b_di, b_df, b_dz, b_do, inside)
+        arrive(p_arrived)
+
+        in_t = ((t >= 0) & (t < length))[:, None] & inside
+        store_four(p_dgates, places(o_saved, t, 4 * H * D, o_d), H * D, b_di, b_df, b_dz, b_do, in_t)
+        live = next_live
+        b_u, b_shut, b_z, b_o = next_u, next_shut, next_z, next_o
+        b_c, b_out = b_c_before, next_out
+        if step + 1 < rounds:
+            b_dh += wait(p_arrived, (step + 1 - first_step) * NS)
+
+    tl.store(p_dh_initial + o_state, b_dh, mask=inside)
+    tl.store(p_dc_initial + o_state, b_dc, mask=inside)
+    tl.store(p_dn_initial + o_state, b_dn, mask=inside)

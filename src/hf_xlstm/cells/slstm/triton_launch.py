@@ -4,19 +4,29 @@ Gates are (B, T, 4, H, D) as projections produce them, with any strides but the 
 contiguous.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import GPU, Tiles, contiguous, dense, dot_options, on_device, strides
+from ..triton_common import INTERPRETED, GPU, Tiles, contiguous, dense, dot_options, on_device, strides
 from . import triton_kernels as kernels
 
 
 BB = 16  # sequences per program, the least a matrix product takes
 
 
-def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
-    """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None.
+class Plan(NamedTuple):
+    """The tiles of all kernels: BD units made and BK summed over, or R whole and on chip where BK is None. `spread`:
+    several programs share a head."""
+
+    tiles: Tiles
+    spread: bool = False
+
+
+def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Plan:
+    """The plan of one program per head.
 
     Nothing depends on T or on the batch size. benchmarks/gpu/kernel_resources.py reports the registers and the shared
     memory of each choice. Of the GPUs whose shared memory holds a head of 128, only Hopper computes it with
@@ -32,9 +42,33 @@ def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Tiles:
     if large or (64 if bf16 else 32) >= D:
         num_warps = 8 if large or dtype == torch.float32 else 4
         BD = max(16, triton.next_power_of_2(D))
-        return Tiles(num_warps, num_stages=1, BB=BB, BD=BD, maxnreg=maxnreg)
+        return Plan(Tiles(num_warps, num_stages=1, BB=BB, BD=BD, maxnreg=maxnreg))
     num_warps = 16 if dtype == torch.float32 and gpu.major >= 10 else 8
-    return Tiles(num_warps, num_stages=2, BB=BB, BD=32, BK=64 if bf16 else 32, maxnreg=maxnreg)
+    return Plan(Tiles(num_warps, num_stages=2, BB=BB, BD=32, BK=64 if bf16 else 32, maxnreg=maxnreg))
+
+
+def spread_plan(dtype: torch.dtype, D: int, sequences: int, heads: int, gpu: GPU) -> Plan | None:
+    """The plan of several programs per head, each with BD of its units, or None where one program has the head.
+
+    The programs of a head exchange h at every step and wait for each other, so all of them must run at once: a
+    cooperative launch, which NVIDIA's GPUs know, and no more programs than there are processors. BK is all of D where
+    a program can keep its part of R on chip.
+    """
+    if gpu.major < 8 or plan(dtype, D, gpu).tiles.BK is None:
+        return None
+    bf16 = dtype == torch.bfloat16
+    BK = triton.next_power_of_2(D) if bf16 and D <= 256 else 64 if bf16 else 32
+    tiles = Tiles(num_warps=8 if BK >= D else 4, num_stages=1, BB=BB, BD=32, BK=BK)
+    programs = triton.cdiv(sequences, BB) * heads * triton.cdiv(D, tiles.BD)
+    return Plan(tiles, spread=True) if programs <= gpu.processors else None
+
+
+def _launches(steps: int) -> list[dict[str, int]]:
+    """The steps of each launch: all of them. Triton's interpreter runs one program after the other, so that none can
+    wait for the others to finish a step; there every step is a launch."""
+    if not INTERPRETED:
+        return [{"first_step": 0, "end_step": steps}]
+    return [{"first_step": step, "end_step": step + 1} for step in range(max(steps, 1))]
 
 
 def _dense(gates: torch.Tensor) -> torch.Tensor:
@@ -49,7 +83,7 @@ def _exchange_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def run_forward(
-    gates, recurrent_weight, bias, initial, final, mask, cu_seqlens, save: bool, tiles: Tiles, state_indices=None
+    gates, recurrent_weight, bias, initial, final, mask, cu_seqlens, save: bool, plan: Plan, state_indices=None
 ):
     """h, and for the backward pass u, sigmoid(-f), tanh(z), sigmoid(o), and c. The final state (h, c, n, m) goes into
     `final`, which may be `initial` itself where every sequence takes a step.
@@ -63,79 +97,97 @@ def run_forward(
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
-    kernel, exchange = kernels.forward_resident_kernel, {}
-    if tiles.BK is not None:
+    kernel, exchange, launches, programs = kernels.forward_resident_kernel, {}, [{}], triton.cdiv(N, BB) * H
+    tiles = plan.tiles
+    if plan.spread:
+        kernel, launches = kernels.forward_spread_kernel, _launches(T)
+        h_before = gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype))
+        rows = initial[0] if state_indices is None else initial[0][state_indices.clamp(min=0)]
+        h_before[0].copy_(rows)
+        exchange = {"p_h_before": h_before, "units": D, "p_touched": gates.new_empty(N, dtype=torch.int32)}
+        exchange |= {"p_arrived": gates.new_zeros(programs, dtype=torch.int32), "launch_cooperative_grid": T > 1}
+        programs *= triton.cdiv(D, tiles.BD)
+    elif tiles.BK is not None:
         kernel = kernels.forward_streamed_kernel
         exchange = {"p_h_before": gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype)), "units": D}
     with on_device(gates):
-        kernel[(triton.cdiv(N, BB) * H,)](
-            p_gates=gates,
-            p_recurrent_weight=recurrent_weight.contiguous(),
-            p_bias=bias.contiguous(),
-            p_mask=mask,
-            p_cu_seqlens=contiguous(cu_seqlens),
-            p_state_indices=contiguous(state_indices),
-            p_h_initial=initial[0],
-            p_c_initial=initial[1],
-            p_n_initial=initial[2],
-            p_m_initial=initial[3],
-            p_h_final=final[0],
-            p_c_final=final[1],
-            p_n_final=final[2],
-            p_m_final=final[3],
-            p_h=h,
-            p_saved=saved,
-            p_c=c,
-            **exchange,
-            T=T,
-            N=N,
-            stride_gb=gates.stride(0),
-            stride_gt=gates.stride(1),
-            stride_gg=gates.stride(2),
-            stride_gh=gates.stride(3),
-            **strides(m=mask),
-            stride_state_row=initial[0].stride(0),
-            H=H,
-            D=D,
-            **tiles.options,
-            **dot_options(gates.dtype),
-        )
+        for steps in launches:
+            kernel[(programs,)](
+                p_gates=gates,
+                p_recurrent_weight=recurrent_weight.contiguous(),
+                p_bias=bias.contiguous(),
+                p_mask=mask,
+                p_cu_seqlens=contiguous(cu_seqlens),
+                p_state_indices=contiguous(state_indices),
+                p_h_initial=initial[0],
+                p_c_initial=initial[1],
+                p_n_initial=initial[2],
+                p_m_initial=initial[3],
+                p_h_final=final[0],
+                p_c_final=final[1],
+                p_n_final=final[2],
+                p_m_final=final[3],
+                p_h=h,
+                p_saved=saved,
+                p_c=c,
+                **exchange,
+                T=T,
+                N=N,
+                stride_gb=gates.stride(0),
+                stride_gt=gates.stride(1),
+                stride_gg=gates.stride(2),
+                stride_gh=gates.stride(3),
+                **strides(m=mask),
+                stride_state_row=initial[0].stride(0),
+                H=H,
+                D=D,
+                **steps,
+                **tiles.options,
+                **dot_options(gates.dtype),
+            )
     return h, saved, c
 
 
-def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, tiles: Tiles):
+def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, plan: Plan):
     """Gradients of the gates and of the initial h, c, n, those of n = 1."""
     B, T, H, D = dh.shape
     N = initial_c.shape[0]
     dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
     dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
-    kernel, exchange = kernels.backward_resident_kernel, {}
+    kernel, exchange, launches, programs = kernels.backward_resident_kernel, {}, [{}], triton.cdiv(N, BB) * H
+    tiles = plan.tiles
     if tiles.BK is not None:
         kernel = kernels.backward_streamed_kernel
         exchange = {"p_dx": dh.new_zeros(2, N, 4, H, D, dtype=_exchange_dtype(dh.dtype)), "units": D}
+    if plan.spread:
+        kernel, launches = kernels.backward_spread_kernel, _launches(T + 1)
+        exchange |= {"p_arrived": dh.new_zeros(programs, dtype=torch.int32), "launch_cooperative_grid": True}
+        programs *= triton.cdiv(D, tiles.BD)
     with on_device(dh):
-        kernel[(triton.cdiv(N, BB) * H,)](
-            p_recurrent_weight=recurrent_weight.contiguous(),
-            p_mask=mask,
-            p_cu_seqlens=contiguous(cu_seqlens),
-            p_saved=saved,
-            p_c=c,
-            p_c_initial=initial_c,
-            p_dh=dh.contiguous(),
-            p_dh_final=dfinal[0].contiguous(),
-            p_dc_final=dfinal[1].contiguous(),
-            p_dn_final=dfinal[2].contiguous(),
-            p_dgates=dgates,
-            p_dh_initial=dinitial[0],
-            p_dc_initial=dinitial[1],
-            p_dn_initial=dinitial[2],
-            **exchange,
-            T=T,
-            N=N,
-            **strides(m=mask),
-            H=H,
-            D=D,
-            **tiles.options,
-            **dot_options(dh.dtype),
-        )
+        for steps in launches:
+            kernel[(programs,)](
+                p_recurrent_weight=recurrent_weight.contiguous(),
+                p_mask=mask,
+                p_cu_seqlens=contiguous(cu_seqlens),
+                p_saved=saved,
+                p_c=c,
+                p_c_initial=initial_c,
+                p_dh=dh.contiguous(),
+                p_dh_final=dfinal[0].contiguous(),
+                p_dc_final=dfinal[1].contiguous(),
+                p_dn_final=dfinal[2].contiguous(),
+                p_dgates=dgates,
+                p_dh_initial=dinitial[0],
+                p_dc_initial=dinitial[1],
+                p_dn_initial=dinitial[2],
+                **exchange,
+                T=T,
+                N=N,
+                **strides(m=mask),
+                H=H,
+                D=D,
+                **steps,
+                **tiles.options,
+                **dot_options(dh.dtype),
+            )
     return dgates, *dinitial
