@@ -155,17 +155,19 @@ def all_launches(dtype: torch.dtype, K: int, V: int, architecture: str) -> dict[
 
 
 def record_slstm_launches(dtype: torch.dtype, D: int, T: int, gpu: GPU) -> dict[Launch, None]:
-    """What a step, a forward and a backward pass with mask launch."""
+    """What a step, a forward and a backward pass with mask launch, by one program per head and by several."""
     B, H = 2, HEADS
+    many = gpu._replace(processors=10**6)
+    plans = slstm_launch.plan(dtype, D, gpu), slstm_launch.spread_plan(dtype, D, B, H, many)
     gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
     weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
     state = tuple(empty(B, H, D) for _ in range(4))
-    tiles = slstm_launch.plan(dtype, D, gpu)
     with recording() as launches:
-        for state_indices in (None, empty(B, dtype=torch.int32)):
-            slstm_launch.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, tiles, state_indices)
-        h, saved, c = slstm_launch.run_forward(gates, weight, bias, state, state, mask, None, True, tiles)
-        slstm_launch.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, tiles)
+        for plan in filter(None, plans):
+            for slots in (None, empty(B, dtype=torch.int32)):
+                slstm_launch.run_forward(gates[:, :1], weight, bias, state, state, None, None, False, plan, slots)
+            h, saved, c = slstm_launch.run_forward(gates, weight, bias, state, state, mask, None, True, plan)
+            slstm_launch.run_backward(h, state[:3], weight, state[1], mask, None, saved, c, plan)
     return launches
 
 

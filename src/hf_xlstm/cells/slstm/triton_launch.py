@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import INTERPRETED, GPU, Tiles, contiguous, dense, dot_options, on_device, strides
+from ..triton_common import GPU, INTERPRETED, Tiles, contiguous, dense, dot_options, on_device, strides
 from . import triton_kernels as kernels
 
 
