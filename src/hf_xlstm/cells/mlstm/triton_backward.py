@@ -179,11 +179,12 @@ def state_gradient_kernel(
         read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
         x = tl.load(p_x + o_gate, mask=in_t, other=0.0)
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
-        b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k).to(tl.float32) * read_weight[None, :]
-        b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)
+        b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k)  # [BK, L]
+        b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)  # [L, BV]
+        b_dh = b_dh.to(tl.float32) * read_weight[:, None]
         decay = tl.exp(tl.load(p_log_decay + o_chunk))
         b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)  # [BK, BV]
-        b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)  # [BK]
+        b_dn = decay * b_dn + tl.sum(b_q.to(tl.float32) * (read_weight * x)[None, :], 1)  # [BK]
         decay_product *= decay
 
     if p_c_end is not None:
@@ -350,7 +351,6 @@ def query_key_gradient_kernel(
     p_v = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
     b_dq = tl.zeros((L, BK), tl.float32)
     b_dk = tl.zeros((L, BK), tl.float32)
-    cross = 0.0
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
         in_v = o_v < V
@@ -360,6 +360,11 @@ def query_key_gradient_kernel(
         b_v = load_tile(p_v, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
         b_dq = tl.dot(b_dh.to(DOT), b_c.to(DOT), acc=b_dq, input_precision=PRECISION)  # [L, BK]
         b_dk = tl.dot(b_v.to(DOT), b_dc.to(DOT), acc=b_dk, input_precision=PRECISION)  # [L, BK]
+    cross = 0.0
+    for v in tl.range(0, V, BV, num_stages=3):  # by itself: no tile of a product may have another use
+        o_v = v + tl.arange(0, BV)
+        b_c = load_tile(p_c + o_chunk * (K * V), o_k, o_v, V, in_k, o_v < V)  # [BK, BV]
+        b_dc = load_tile(p_dc + o_chunk * (K * V), o_k, o_v, V, in_k, o_v < V)
         cross += tl.sum(b_c.to(tl.float32) * b_dc.to(tl.float32))
 
     b_q = load_tile(features(p_q, row, start, h, stride_qb, stride_qt, stride_qh), o_l, o_k, stride_qt, live, in_k)
@@ -428,17 +433,18 @@ def value_gradient_kernel(
     live = load_live(p_last_reset, o_gate, in_t)
     w = load_key_weights(p_log_w, p_w_shift, o_gate, o_chunk, in_t)  # [L]
 
+    p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
+    p_dc += o_chunk * (K * V)
+    b_dv = tl.zeros((L, BV), tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_k = load_tile(p_k, o_l, o_k, stride_kt, live, o_k < K)  # [L, BK]
+        b_dc = load_tile(p_dc, o_k, o_v, V, o_k < K, in_v)  # [BK, BV]
+        b_dv = tl.dot(b_k.to(DOT), b_dc.to(DOT), acc=b_dv, input_precision=PRECISION)  # [L, BV]
     o_head = ((row * T + start) * H + h) * V
     b_dh = load_tile(p_dh + o_head, o_l, o_v, H * V, live, in_v)
     b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[None, :] * L + o_l[:, None])  # [L_j, L_t]
-    b_dv = tl.dot(b_scores.to(DOT), b_dh.to(DOT), input_precision=PRECISION)  # [L, BV]
-    p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
-    p_dc += o_chunk * (K * V)
-    for k in range(0, K, BK):
-        o_k = k + tl.arange(0, BK)
-        b_k = load_tile(p_k, o_l, o_k, stride_kt, live, o_k < K).to(tl.float32) * w[:, None]  # [L, BK]
-        b_dc = load_tile(p_dc, o_k, o_v, V, o_k < K, in_v)  # [BK, BV]
-        b_dv = tl.dot(b_k.to(DOT), b_dc.to(DOT), acc=b_dv, input_precision=PRECISION)
+    b_dv = tl.dot(b_scores.to(DOT), b_dh.to(DOT), acc=w[:, None] * b_dv, input_precision=PRECISION)
     store_tile(p_dv + o_head, b_dv, o_l, o_v, H * V, in_t, in_v)
 
 

@@ -265,10 +265,9 @@ def state_kernel(
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
         b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)  # [BK, L]
-        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
-        b_k = b_k.to(tl.float32) * w[None, :]
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v).to(tl.float32) * w[:, None]  # [L, BV]
         b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)  # [BK, BV]
-        b_n = decay * b_n + tl.sum(b_k, 1)  # [BK]
+        b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * w[None, :], 1)  # [BK]
         decay_product *= decay
         start += L
 
@@ -361,13 +360,16 @@ def score_kernel(
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_k = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
     b_s = tl.zeros((L, L), tl.float32)
-    qn = tl.zeros((L,), tl.float32)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
         b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
         b_k = load_transposed(p_k, o_l, o_k, stride_kt, live, o_k < K)  # [BK, L]
-        b_n = tl.load(p_n + o_chunk * K + o_k, mask=o_k < K, other=0.0)  # [BK]
         b_s = tl.dot(b_q.to(DOT), b_k.to(DOT), acc=b_s, input_precision=PRECISION)  # [L, L]
+    qn = tl.zeros((L,), tl.float32)
+    for k in tl.range(0, width, BK, num_stages=3):  # by itself: no tile of a product may have another use
+        o_k = k + tl.arange(0, BK)
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
+        b_n = tl.load(p_n + o_chunk * K + o_k, mask=o_k < K, other=0.0)  # [BK]
         qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)  # [L]
 
     m = load_stabilizer(p_coarse, p_fine, p_m_in_chunk, p_last_reset, p_m, o_gate, o_chunk, in_t)  # [L]
@@ -427,16 +429,17 @@ def output_kernel(
     live = load_live(p_last_reset, o_gate, in_t)
     read_weight = tl.load(p_read_weight + o_gate, mask=in_t, other=0.0)
 
-    b_v = load_tile(features(p_v, row, start, h, stride_vb, stride_vt, stride_vh), o_l, o_v, stride_vt, live, in_v)
-    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])  # [L, L]
-    b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), input_precision=PRECISION)  # [L, BV]
     p_q = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
     p_c += o_chunk * (K * V)
+    b_h = tl.zeros((L, BV), tl.float32)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)
-        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K).to(tl.float32) * read_weight[:, None]  # [L, BK]
+        b_q = load_tile(p_q, o_l, o_k, stride_qt, live, o_k < K)  # [L, BK]
         b_c = load_tile(p_c, o_k, o_v, V, o_k < K, in_v)  # [BK, BV]
-        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)
+        b_h = tl.dot(b_q.to(DOT), b_c.to(DOT), acc=b_h, input_precision=PRECISION)  # [L, BV]
+    b_v = load_tile(features(p_v, row, start, h, stride_vb, stride_vt, stride_vh), o_l, o_v, stride_vt, live, in_v)
+    b_scores = tl.load(p_scores + o_chunk * (L * L) + o_l[:, None] * L + o_l[None, :])  # [L, L]
+    b_h = tl.dot(b_scores.to(DOT), b_v.to(DOT), acc=read_weight[:, None] * b_h, input_precision=PRECISION)
     store_tile(p_h + ((row * T + start) * H + h) * V, b_h, o_l, o_v, H * V, in_t, in_v)
 
 
