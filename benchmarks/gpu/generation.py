@@ -22,7 +22,7 @@ from hf_xlstm import xLSTMCache
 SIZE = {"vocab_size": 50_304, "hidden_size": 4096, "num_hidden_layers": 32, "num_heads": 8}
 PROMPTS = [16_384, 2048, 65_536]
 DECODE = [(1, 128), (8, 128), (1, 16_384), (64, 128)]  # batch, context
-NEW_TOKENS = 128
+NEW_TOKENS = 64
 CHECKED = (80, 8)  # tokens, and how many of them are read one after another
 MODELS = (HF_XLSTM, IN_TREE, "llama")  # Llama has the sizes of Llama 2 7B within a percent, and this vocabulary
 COMPILED = (HF_XLSTM, "llama")

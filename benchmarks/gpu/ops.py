@@ -100,6 +100,12 @@ TILE_VARIANTS = {
     "on chip: 128 columns": retiled("on chip", BV=128),
 }
 TILE_LENGTHS = [2048]
+LONG_VARIANTS = {  # of one sequence, whose programs are few
+    "states: 4 warps": retiled("state_alone", num_warps=4),
+    "states: 4 warps, V tiles of 64": retiled("state state_alone", num_warps=4, BV=64),
+    "states: V tiles of 64": retiled("state state_alone", num_warps=8, BV=64),
+}
+LONG_LENGTHS = [65_536]
 
 
 def respread(**changes: int) -> tuple[object, str, Callable]:
@@ -225,8 +231,10 @@ def jobs() -> Jobs:
         name = {"op": "step", "kernel": HF_XLSTM, "B": B}
         yield Job(name, functools.partial(time_step, B, *SHAPES[0]), ("smoke/mlstm/step/bfloat16/*",))
     yield from slstm_jobs([HF_XLSTM])
-    yield from slstm_jobs(["cudnn_lstm"])
+    others = [*slstm_jobs(["cudnn_lstm"])]
+    yield from (job for job in others if job.name["op"] == "slstm_sequence")
     yield from sequence_jobs(BASELINES, ATTENTION)
+    yield from (job for job in others if job.name["op"] == "slstm_step")  # whose graphs take long to capture
     yield from slstm_jobs(["pytorch"])
 
 
@@ -244,7 +252,8 @@ def variant_jobs() -> Jobs:
             name = {"op": "slstm_sequence", "kernel": HF_XLSTM, "B": B, "T": T, "D": D, "variant": variant}
             work = functools.partial(slstm_variant_row, replacement, B, T, D)
             yield Job(name, work, ("smoke/slstm/*ward/bfloat16/*",))
-    groups = (TILE_VARIANTS, TILE_LENGTHS), (VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)
+    groups = [(LONG_VARIANTS, LONG_LENGTHS), (TILE_VARIANTS, TILE_LENGTHS)]
+    groups += [(VARIANTS, LENGTHS), (SHORT_VARIANTS, SHORT_LENGTHS)]
     for variants, lengths in groups:
         for variant, replacement in variants.items():
             for job in sequence_jobs({HF_XLSTM: native}, lengths=lengths):

@@ -29,6 +29,7 @@ SIZES = {
         "TOKENS": 18,
         "LENGTHS": [18],
         "TILE_LENGTHS": [18],
+        "LONG_LENGTHS": [18],
         "SHORT_LENGTHS": [16],
         "SHAPES": [(1, 16, 16)],
         "STEP_BATCHES": [1],

@@ -121,7 +121,8 @@ def test_addresses_and_grids_beyond_their_usual_limits(shape):
         results.append(torch.autograd.grad(h[:, -tail:].sum(), leaves))
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual[:, -tail:], expected) < 5e-2
-        assert (actual[:, :-tail] == 0).all()
+        # nothing but, for a gate, what rounding leaves of the sums of the reset's chunk
+        assert actual[:, :-tail].abs().max() <= (1e-4 * expected.abs().max() if actual.ndim == 3 else 0)
 
 
 def test_unsupported():

@@ -350,8 +350,11 @@ def test_step(inplace, backend, dtype):
     assert h.dtype == dtype
     tolerance, _ = TOLERANCE["torch" if backend == "reference" else backend, dtype]
     assert relative_error(torch.stack(outputs, dim=1), expected_h) < tolerance
-    # the step stores its state without rounding it to the dtype of the gates
-    assert_same_states(state, expected, min(tolerance, 1e-5))
+    # The step stores its state without rounding it to the dtype of the gates; a GPU multiplies h in that dtype.
+    assert_same_states(
+        state, expected, tolerance if backend == "triton" and DEVICE == "cuda" else min(tolerance, 1e-5)
+    )
+    assert dtype in (F32, F64) or all((x != x.to(dtype).to(x.dtype)).any() for x in state)
 
 
 @on("torch", "triton", dtypes=(F32,))

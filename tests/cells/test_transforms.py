@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from common import relative_error, tiny_config, tiny_model, tokens
+from oracle import DEVICE
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_xlstm import xLSTMForCausalLM
@@ -90,7 +91,9 @@ def loss_of(op, **options):
     def loss(*inputs):
         outputs = function(*inputs, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        weights = [torch.linspace(-1, 2, x.numel(), dtype=torch.float64).view(x.shape) for x in outputs]
+        weights = [
+            torch.linspace(-1, 2, x.numel(), dtype=torch.float64, device=x.device).view(x.shape) for x in outputs
+        ]
         return sum((weight * x + x * x).sum() for x, weight in zip(outputs, weights))
 
     return loss, inputs
@@ -202,7 +205,7 @@ def test_forward_mode_is_exact_or_refused(op):
 def test_transforms_are_refused_on_triton(op):
     pytest.importorskip("triton")
     loss, inputs = loss_of(op, backend="triton")
-    inputs = [x.float() for x in inputs]
+    inputs = [x.to(DEVICE, torch.float32) for x in inputs]
     with pytest.raises(NotImplementedError, match=f"`{op}` has first derivatives only"):
         gradient_penalty(loss, inputs)
     refused = pytest.raises(NotImplementedError, match=f"`{op}` cannot run under the transforms of torch.func")

@@ -26,8 +26,10 @@ class Plan(NamedTuple):
 
     chunk_size: int
     state: Tiles  # C and dC
+    state_alone: Tiles  # the same where every program has a processor to itself
     score: Tiles  # the scores, and the gradients of scores, q and k
     output: Tiles  # h and dv
+    processors: int
     programs_to_fill: int  # how many recurrences over a state (sequences x heads) keep the whole GPU busy
     on_chip: bool = False  # C and h in one kernel, with the tiles of `output`
 
@@ -36,25 +38,30 @@ def plan(dtype: torch.dtype, K: int, V: int, gpu: GPU) -> Plan:
     """The plan of a forward pass with C in memory, and of every backward pass.
 
     Long chunks halve the traffic of chunk states. Only Hopper holds their tiles without spilling registers, and that
-    only for head dims whose tokens it can load 16 bytes at a time. No tile depends on B and T: one compilation serves
-    all lengths. benchmarks/gpu/kernel_resources.py reports the registers and the shared memory of each choice.
+    only for head dims whose tokens it can load 16 bytes at a time. No tile depends on T: one compilation serves all
+    lengths. benchmarks/gpu/kernel_resources.py reports the registers and the shared memory of each choice; what
+    docs/kernels.md says of an H100 chose among them.
     """
     aligned = K % 16 == V % 16 == 0
     if dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
         num_warps = 8 if dtype == torch.float32 else 4
         length, state, score, output = 64, (32, 64, 8, 2), (32, 32, num_warps, 2), (32, 64, num_warps, 2)
+        warps_alone, per_processor = 8, 1
     elif gpu.hopper and K * V > 64 * 64 and aligned:
-        length, state, score, output = MAX_CHUNK, (64, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)
+        length, state, score, output = MAX_CHUNK, (64, 128, 4, 3), (64, 64, 8, 4), (64, 64, 8, 3)
+        warps_alone, per_processor = 8, 2
     else:
         # Tiles that are cut off at the edge of a head need masks, and masks need these registers.
         num_warps = 4 if K % 64 == V % 64 == 0 else 8
         state, score = (64, 64, num_warps, 3 if aligned else 2), (64, 64, num_warps, 2)
         length, output = 64, (32, 128, 4, 3)
+        warps_alone, per_processor = num_warps, 1
 
     state, score, output = (_fit(K, V, *tiles) for tiles in (state, score, output))
     tiles = triton.cdiv(K, state.BK) * triton.cdiv(V, state.BV)
-    return Plan(length, state, score, output, gpu.processors // tiles)
+    alone = state._replace(num_warps=warps_alone)
+    return Plan(length, state, alone, score, output, gpu.processors, per_processor * gpu.processors // tiles)
 
 
 def _fit(K: int, V: int, BK: int, BV: int, num_warps: int, num_stages: int) -> Tiles:
@@ -73,10 +80,12 @@ def on_chip_plan(dtype: torch.dtype, K: int, V: int, recurrences: int, gpu: GPU)
     """
     if not gpu.hopper or dtype != torch.bfloat16 or K > 256 or K % 16 or V % 16:
         return None
-    tiles = _fit(K, V, 256, 128 if K == 128 else 64, 8, 2)
-    if recurrences * triton.cdiv(V, tiles.BV) < gpu.processors:
-        return None
-    return Plan(64, tiles, _fit(K, V, 64, 64, 4, 2), tiles, programs_to_fill=0, on_chip=True)
+    for BV in (128, 64):
+        tiles = _fit(K, V, 256, BV, 8, 2)
+        if recurrences * triton.cdiv(V, tiles.BV) >= gpu.processors:
+            score = _fit(K, V, 64, 64, 4, 2)
+            return Plan(64, tiles, tiles, score, tiles, gpu.processors, programs_to_fill=0, on_chip=True)
+    return None
 
 
 class Chunks(NamedTuple):
@@ -270,11 +279,12 @@ def _scan_states(kernel, inputs: dict, q, v, start, end, chunks: Chunks, plan: P
     every boundary, and the one it ends with in `end`. The spans of a sequence first run on their own, each from zero;
     put together, their ends say where the second run begins."""
     (H, K), V = q.shape[2:], v.shape[-1]
-    tiles = plan.state
     parts = chunks.sequences * chunks.spans
+    programs = parts * H * triton.cdiv(K, plan.state.BK) * triton.cdiv(V, plan.state.BV)
+    tiles = plan.state if programs > plan.processors else plan.state_alone
 
     def run(start, boundaries, end, decay_product):
-        kernel[(parts * H * triton.cdiv(K, tiles.BK) * triton.cdiv(V, tiles.BV),)](
+        kernel[(programs,)](
             **inputs,
             p_c_start=start[0],
             p_n_start=start[1],

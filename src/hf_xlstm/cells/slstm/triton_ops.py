@@ -64,7 +64,7 @@ def slstm_backward(
     c: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of gates, recurrent weight, bias and the initial h, c, n."""
-    before, touched = _history(h, mask, cu_seqlens)
+    h_before, touched = _history(h, h0, mask, cu_seqlens)
     # the last c and n = 1 came out times n_final, except where no step was taken and c0, n0 themselves came out
     n_final = torch.where(touched[:, None, None], n_final, 1)
     dfinal = (dh_final, dc_final * n_final, dn_final * n_final)
@@ -72,18 +72,20 @@ def slstm_backward(
     dgates, dh0, dc0, dn0 = launch.run_backward(
         dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, _plan(dh, c0.shape[0])
     )
-    h_before = torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before]
-    with without_autocast(h.device):
-        d_weight = torch.einsum("tgho,thi->ghoi", dgates.flatten(0, 1), h_before).contiguous()
+    with without_autocast(h.device):  # gate by gate: each product takes its operands as they lie in memory
+        products = [torch.bmm(d.permute(1, 2, 0), h_before.transpose(0, 1)) for d in dgates.flatten(0, 1).unbind(1)]
     # c0 / n0 went in
     scale = torch.where(touched[:, None, None], torch.where(n0 == 0, 0, 1 / n0), 1)
-    return dgates, d_weight, dgates.sum((0, 1), dtype=torch.float32), dh0, dc0 * scale, dn0 * scale
+    return dgates, torch.stack(products), dgates.sum((0, 1), dtype=torch.float32), dh0, dc0 * scale, dn0 * scale
 
 
-def _history(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
-    """For each token (B T,) the place of the state before it among N initial states and B T tokens, and for each
-    sequence (N,) whether it takes a step at all. Waits for nothing on the GPU."""
+def _history(h: torch.Tensor, h0: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
+    """For each token the h before it (B T, H, D), and for each sequence (N,) whether it takes a step at all. Waits for
+    nothing on the GPU."""
     B, T = h.shape[:2]
+    if mask is None and cu_seqlens is None and T > 0:
+        h_before = torch.cat([h0[:, None].to(h.dtype), h[:, :-1]], dim=1)
+        return h_before.flatten(0, 1), torch.ones(B, dtype=torch.bool, device=h.device)
     token = torch.arange(B * T, device=h.device)
     bounds = torch.arange(0, B * T + 1, T, device=h.device) if cu_seqlens is None else cu_seqlens.long()
     sequences = bounds.shape[0] - 1
@@ -91,7 +93,7 @@ def _history(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tenso
     live = token if mask is None else torch.where(mask.flatten(), token, -1)
     latest = torch.cat([live.new_full((1,), -1), live]).cummax(0).values  # up to and without each token
     before = torch.where(latest[:-1] >= bounds[sequence], latest[:-1] + sequences, sequence)
-    return before, latest[bounds[1:]] >= bounds[:-1]
+    return torch.cat([h0.to(h.dtype), h.flatten(0, 1)])[before], latest[bounds[1:]] >= bounds[:-1]
 
 
 @slstm_backward.register_fake
