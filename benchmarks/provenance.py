@@ -60,7 +60,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def commit() -> str:
     """The commit, "+changes" where src or the benchmarks differ from it. COMMIT says it where the sources have come
-    without their history."""
+    without their history, or with that of another commit."""
 
     def git(*arguments: str) -> str:
         try:
@@ -69,8 +69,10 @@ def commit() -> str:
         except FileNotFoundError:
             return ""
 
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     if not (name := git("rev-parse", "--short=12", "HEAD")):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return name + ("+changes" if git("status", "--porcelain", "--", "src", ":(glob)benchmarks/**/*.py") else "")
 
 

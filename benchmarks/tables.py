@@ -1,24 +1,28 @@
-"""Writes the CPU results between the two comments that mark their place: the tables into benchmarks/README.md, what
-they come to into README.md.
+"""Writes the results between the two comments that mark their place: the tables into benchmarks/README.md, what they
+come to into README.md.
 
-One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json.
+One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json, and for each GPU,
+from all gpu-*.json. Of a row that several runs on a GPU have, the last one that passed counts.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is a package of the checkout
 
 from benchmarks.cpu.harness import BASELINES, DTYPES, LINEAR_FLOOR
+from benchmarks.gpu import report
 from benchmarks.peers import HF_XLSTM, PEERS
 from benchmarks.provenance import RESULTS, ROOT, processor
 
 
 MARKED = re.compile(r"(<!-- results\b[^>]*-->\n).*?(<!-- (?:results:end|end of results) -->)", re.DOTALL)
+MARKED_GPU = re.compile(r"(<!-- GPU results\b[^>]*-->\n).*?(<!-- end of GPU results -->)", re.DOTALL)
 IMAGE = ROOT / "docs" / "images" / "context-cpu.png"
 SIZES = {"768x8": "768 wide, 8 layers", "512x12": "512 wide, 12 layers", "1024x9": "1,024 wide, 9 layers"}
 COLUMNS = PEERS | {LINEAR_FLOOR: "floor"}
@@ -148,12 +152,31 @@ def headline(folder: Path) -> str:
     return "".join(text)
 
 
-def write(path: Path, text: str) -> None:
+def by_gpu(folder: Path) -> dict[str, dict[str, dict]]:
+    """The rows that passed, for every GPU and set of versions."""
+    groups: dict[str, dict[str, dict]] = {}
+    for path in sorted(folder.glob("gpu-*.json")):
+        results = json.loads(path.read_text())
+        names = ("driver", "torch", "triton", "transformers")
+        versions = ", ".join(f"{name} {results['environment'][name]}" for name in names)
+        rows = groups.setdefault(f"{results['environment']['device']}, {versions}", {})
+        rows |= {row["id"]: row for row in results["rows"] if "result" in row}
+    return groups
+
+
+def gpu_text(folder: Path, lines: Callable[[dict[str, dict]], list[str]]) -> str:
+    text = []
+    for gpu, rows in by_gpu(folder).items():
+        text += [f"On one {gpu}, in bfloat16:", "", *lines(rows)]
+    return "\n".join(text)
+
+
+def write(path: Path, marked: re.Pattern, text: str) -> None:
     """Puts `text` into the marked place of a page."""
     page = path.read_text(encoding="utf-8")
-    if not MARKED.search(page):
+    if not marked.search(page):
         raise SystemExit(f"{path} has no place marked for results")
-    path.write_text(MARKED.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
+    path.write_text(marked.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
 
 
 def main() -> None:
@@ -164,8 +187,10 @@ def main() -> None:
     )
     parser.add_argument("--front", type=Path, default=ROOT / "README.md", help="the page of what they come to")
     args = parser.parse_args()
-    write(args.readme, results_text(args.results))
-    write(args.front, headline(args.results))
+    write(args.readme, MARKED, results_text(args.results))
+    write(args.front, MARKED, headline(args.results))
+    write(args.readme, MARKED_GPU, gpu_text(args.results, report.tables))
+    write(args.front, MARKED_GPU, gpu_text(args.results, report.targets))
 
 
 if __name__ == "__main__":

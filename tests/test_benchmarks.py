@@ -22,12 +22,14 @@ from benchmarks.cpu import (
     training,
     waiting,
 )
+from benchmarks.gpu import report
 from benchmarks.peers import HF_XLSTM, IN_TREE, PEERS, cache_argument
 from hf_xlstm import xLSTMForCausalLM
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
 
 
 slow = pytest.mark.slow
+GPU_PLACE = "<!-- GPU results -->\n<!-- end of GPU results -->\n"
 # Rows of each script: one of each kind. What compiles or starts processes is slow.
 SCRIPTS = [
     (generation, ["decode/*/float32/*", "prefill/*/bfloat16/*", "generate/*/bfloat16/*", "context/*/float32"]),
@@ -205,7 +207,7 @@ def test_tables(monkeypatch, tmp_path):
     readme = tmp_path / "README.md"
     front = tmp_path / "front.md"
     for page in (readme, front):
-        page.write_text("a\n<!-- results -->\n<!-- results:end -->\nb\n")
+        page.write_text("a\n<!-- results -->\n<!-- results:end -->\n" + GPU_PLACE + "b\n")
     run(monkeypatch, tables, "--results", str(tmp_path), "--readme", str(readme), "--front", str(front))
     assert "AMD EPYC (AVX2), relative to the xLSTM of Transformers: decoding 2.0 times as fast." in front.read_text()
     groups = readme.read_text().split("Tokens per second on a CPU: ")[1:]
@@ -216,6 +218,26 @@ def test_tables(monkeypatch, tmp_path):
     assert "| floor |" in groups[0] and "321" in groups[0] and "3.00x / –" in groups[0] and "training" not in groups[0]
     assert "floor" not in groups[1] and "2.00x / –" in groups[1] and "training 512" in groups[1]
     assert readme.read_text().startswith("a\n") and readme.read_text().endswith("b\n")
+
+
+def test_gpu_tables(monkeypatch, tmp_path):
+    """Of a row that two runs have, the later counts, unless it failed; what nothing was measured of is left out."""
+    environment = dict.fromkeys(("driver", "torch", "triton", "transformers"), "1") | {"device": "H100"}
+    step, sequence = "ops/step/hf_xlstm/B=1", "ops/sequence/hf_xlstm/H=8/K=256/V=512/S=512"
+    runs = [
+        [{"id": step, "name": {}, "result": {"us": 7.0}}, {"id": sequence, "name": {}, "result": {"forward_ms": 9.0}}],
+        [{"id": step, "name": {}, "failed": "it did"}, {"id": sequence, "name": {}, "result": {"forward_ms": 3.0}}],
+    ]
+    for i, rows in enumerate(runs):
+        (tmp_path / f"gpu-{i}.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    text = tables.gpu_text(tmp_path, report.tables)
+    assert text.startswith("On one H100, driver 1, torch 1") and "| 1 | 7.0 |" in text and "| 512 | 3 |" in text
+    assert (
+        "backward" not in text and "sLSTM" not in text and "9" not in text.split("bfloat16:")[1].replace("65,536", "")
+    )
+    targets = tables.gpu_text(tmp_path, report.targets)
+    assert "| <= 2.5 ms | 3 ms | no |" in targets and "| <= 10 us | 7 us | yes |" in targets
+    assert len(targets.splitlines()) == 6
 
 
 def test_pages_have_the_committed_results(monkeypatch, tmp_path):

@@ -113,6 +113,96 @@ TARGETS = [
 ]
 
 
+class Column(NamedTuple):
+    """A column of a table: its head, the row that it is read from, the field, and how it is written."""
+
+    head: str
+    row: str
+    field: str
+    form: str = "{:.3g}"
+
+    def cell(self, rows: dict[str, dict], key: dict[str, object]) -> str:
+        value = rows.get(self.row.format(**key), {}).get("result", {}).get(self.field)
+        return "" if value is None else self.form.format(value)
+
+
+def table(rows: dict[str, dict], title: str, keys: list[dict[str, object]], columns: list[Column]) -> list[str]:
+    """The keys of which anything was measured. The first of a key's entries names the line."""
+    lines = [(next(iter(key.values())), [column.cell(rows, key) for column in columns]) for key in keys]
+    measured = [any(cells[i] for _, cells in lines) for i in range(len(columns))]
+    if not any(measured):
+        return []
+
+    def line(name: object, cells: list[str]) -> str:
+        return "| " + " | ".join([str(name), *(x for x, shown in zip(cells, measured, strict=True) if shown)]) + " |"
+
+    head = line(title, [column.head for column in columns])
+    body = [line(name, cells) for name, cells in lines if any(cells)]
+    return [head, "|---" + "|---:" * sum(measured) + "|", *body, ""]
+
+
+SEQUENCE = "ops/sequence/{kernel}/H={H}/K={K}/V={V}/S={S}"
+SLSTM = "ops/slstm_sequence/{kernel}/B={B}/T={T}/D={D}"
+SHAPES = [(8, 256, 512), (16, 128, 256)]
+PEERS = {"hf_xlstm": "mLSTM", "tfla": "TFLA", "simple_gla": "simple GLA"} | {
+    "flash_attention_2": "FlashAttention 2, 32 heads of 128",
+    "cudnn_attention": "cuDNN's attention, 32 heads of 128",
+}
+
+
+def with_(template: str, **values: object) -> str:
+    """A template with some of its fields filled in."""
+    for name, value in values.items():
+        template = template.replace("{" + name + "}", str(value))
+    return template
+
+
+def tables(rows: dict[str, dict]) -> list[str]:
+    """What was measured of the ops, of decoding and of training, in bfloat16."""
+    text = []
+    for H, K, V in SHAPES:
+        keys = [{"name": f"{S:,}", "S": S, "H": H, "K": K, "V": V} for S in (512, 2048, 8192, 65_536)]
+        columns = [
+            Column(f"{peer}, {what}", with_(SEQUENCE, kernel=kernel), field)
+            for kernel, peer in PEERS.items()
+            for what, field in (("forward", "forward_ms"), ("and backward", "training_ms"))
+        ]
+        text += table(rows, f"{H} heads of {K} x {V}, 65,536 tokens in sequences of; ms", keys, columns)
+    keys = [{"name": B, "B": B} for B in (1, 8, 64, 1024)]
+    step = "ops/step/hf_xlstm/B={B}"
+    columns = [Column("us", step, "us", "{:,.1f}"), Column("TB/s of state", step, "tb_per_s", "{:.2f}")]
+    text += table(rows, "mLSTM, one step of 8 heads of 256 x 512 in a CUDA graph, batch", keys, columns)
+    shapes = [*((16, 1024, D) for D in (64, 128, 256, 512)), (1, 1024, 128), (64, 1024, 128)]
+    shapes += [(16, 256, 128), (16, 4096, 128)]
+    keys = [{"name": f"{B} x {T:,}, 4 heads of {D}", "B": B, "T": T, "D": D} for B, T, D in shapes]
+    columns = [
+        Column(f"{peer}, {what}", with_(SLSTM, kernel=kernel), field)
+        for kernel, peer in {"hf_xlstm": "sLSTM", "cudnn_lstm": "cuDNN's LSTM", "pytorch": "sLSTM in PyTorch"}.items()
+        for what, field in (("forward", "forward_ms"), ("and backward", "training_ms"))
+    ]
+    text += table(rows, "sequences x steps; ms", keys, columns)
+    keys = [{"name": "decoding, tokens/s, CUDA graph", "row": "decode/batch=1/context=128/CUDA graph"}]
+    keys += [{"name": "decoding, tokens/s, no graph", "row": "decode/batch=1/context=128/no graph"}]
+    keys += [{"name": f"prompt of {n:,}, tokens/s", "row": f"first token/context={n}"} for n in (2048, 16_384, 65_536)]
+    columns = [
+        Column(peer, "generation/" + peer + "/{row}", "tokens_per_s", "{:,.0f}")
+        for peer in ("hf_xlstm", "in_tree", "llama")
+    ]
+    text += table(rows, "7B, batch 1", keys, columns)
+    keys = [{"name": f"{S:,}", "S": S} for S in (2048, 8192, 32_768)]
+    columns = [
+        Column(peer, "training/" + peer + "/step/400M/S={S}", "tokens_per_s", "{:,.0f}")
+        for peer in ("hf_xlstm", MIXED, "in_tree", "llama")
+    ]
+    return text + table(rows, "training 400M, tokens/s, sequences of", keys, columns)
+
+
+def targets(rows: dict[str, dict]) -> list[str]:
+    """The targets that anything measured speaks of."""
+    lines = [target.line(rows) for target in TARGETS if target.value(rows) is not None]
+    return ["| | target | measured | met |", "|---|---:|---:|---|", *lines, ""]
+
+
 def summary(source: str, environment: dict[str, str], rows: dict[str, dict]) -> str:
     """Markdown: failures first, then the targets, then all rows."""
     where = ", ".join(f"{name} {value}" for name, value in environment.items())

@@ -17,6 +17,7 @@ from oracle import BF16, DEVICE, F32, INF
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.kernel_resources import races
 from hf_xlstm.cells.mlstm import triton_launch as launch
 from hf_xlstm.cells.mlstm import triton_ops  # noqa: F401  registers the operators
 from hf_xlstm.cells.triton_common import GPU, unsupported_gpu, unsupported_reason
@@ -197,6 +198,25 @@ def test_compiles_without_graph_breaks_for_any_length(monkeypatch, save_states):
         actual, expected = (torch.autograd.grad(loss, inputs) for loss in losses)
         assert all(relative_error(x, y) < 1e-6 for x, y in zip(actual, expected, strict=True))
     assert graphs <= 2
+
+
+def test_products_whose_operands_may_change():
+    """Both faults that an H100 showed, and neighbours of each that are right."""
+    tile = """
+        %tiles = ttg.local_alloc : () -> !ttg.memdesc<2x128x64xbf16>
+        %tile = ttg.memdesc_index %tiles[%i] : !ttg.memdesc<128x64xbf16>
+        %turned = ttg.memdesc_trans %tile : !ttg.memdesc<64x128xbf16>
+        %product = ttng.warp_group_dot %other, %turned, %sum {isAsync = true} : !ttg.memdesc<1> * !ttg.memdesc<2>
+        %done:2 = ttng.warp_group_dot_wait %product, %turned {pendings = 1 : i32} : tensor<1>
+    """
+    registers = (
+        "%p = ttng.warp_group_dot %a, %b, %c {isAsync = true} : tensor<1, #ttg.dot_op<{opIdx = 0, kWidth = 2}>>"
+    )
+    use = "%x = ttg.local_load %tile token %t : tensor<128x64xbf16>"
+    assert races(tile) == races(use) == []
+    assert races((tile + use).replace("pendings = 1", "pendings = 0")) == []
+    assert races(tile + use) == ["%product: another use of a tile"]
+    assert races(registers) == ["%p: left operand in registers"]
 
 
 @pytest.mark.parametrize("scope", ["--quick", pytest.param("", marks=pytest.mark.slow)])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hf_xlstm.cells.slstm.triton_kernels import places
-from hf_xlstm.cells.slstm.triton_launch import plan
+from hf_xlstm.cells.slstm.triton_launch import plan, spread_plan
 from hf_xlstm.cells.slstm.triton_ops import slstm_forward
 from hf_xlstm.cells.triton_common import GPU, unsupported_reason
 from hf_xlstm.ops import slstm
@@ -35,6 +35,25 @@ def test_battery_meets_both_plans():
     """The head dims of test_slstm.py: 20 stays on chip, 33 and 160 are streamed."""
     resident = [plan(F32, D, GPU(major=0, processors=1)).tiles.BK is None for D in (20, 33, 160)]
     assert resident == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "dtype, D, sequences, major, programs",
+    [
+        (BF16, 256, 16, 9, 32),
+        (BF16, 256, 64, 8, 128),
+        (BF16, 256, 65, 9, None),  # more programs than processors: not all of them would run at once
+        (BF16, 512, 32, 9, 128),
+        (F32, 64, 1, 12, 8),
+        (BF16, 64, 16, 9, None),  # R stays on chip
+        (BF16, 256, 16, 0, None),  # no cooperative launch
+    ],
+)
+def test_wide_heads_are_spread_where_all_programs_run_at_once(dtype, D, sequences, major, programs):
+    spread = spread_plan(dtype, D, sequences, 4, GPU(major, processors=132))
+    assert (spread is None) == (programs is None)
+    if spread is not None:
+        assert -(-sequences // spread.tiles.BB) * 4 * -(-D // spread.tiles.BD) == programs
 
 
 def test_inference_keeps_nothing():
