@@ -250,7 +250,8 @@ SPILLS = {
     "state_kernel": 136,
     "state_gradient_kernel": 40,
     "on_chip_kernel": 176,
-    "score_gradient_kernel": 64,
+    "score_gradient_kernel": 72,
+    "recurrent_kernel": 8,  # on Blackwell, by Triton 3.9
     "forward_resident_kernel": 24,
     "forward_streamed_kernel": 56,
 }

@@ -6,12 +6,12 @@ The equations are those of eager.py, with the stabilizer m_t = log(exp(log f_t +
     c_t = f' c_{t-1} + i' tanh(z_t)                h_t = sigmoid(o_t) c_t
 
 Every step needs all of h_{t-1}, so time is a loop inside the kernel, and what counts is how long one round takes. A
-program owns BB sequences and one head. Where the head's R, (4, D, D), fits on chip, a resident kernel loads it once and
-keeps it there, and c, m, h with it. A streamed kernel reads R of a wider head again at every step, BK x BD at a time,
-from the caches. Its state stays in memory: c and m where the final state goes, and h, which every tile of the next
-step reads, in two buffers, taken in turn, so that one barrier per step is enough. Where there are few sequences, a
-wide head is spread over several programs, each with BD of its units and the state of these in registers. They write h
-into two such buffers, and at every step each waits until all have: this is the only kind that waits for others.
+program owns BB sequences and one head. Where the head's R, (4, D, D), fits on chip, a resident kernel loads it once
+and keeps it there, and c, m, h with it. A streamed kernel reads R of a wider head again at every step, BK x BD at a
+time, from the caches. Its state stays in memory: c and m where the final state goes, and h, which every tile of the
+next step reads, in two buffers, taken in turn, so that one barrier per step is enough. Where there are few sequences,
+a wide head is spread over several programs, each with BD of its units and the state of these in registers. They write
+h into two such buffers, and at every step each waits until all have: this is the only kind that waits for others.
 The backward pass does likewise, with the gradients of the gates in the place of h.
 
 m is the sum of two floats, m and its rest: next to an m of 1e5, one float32 could not tell tokens apart that compete,
