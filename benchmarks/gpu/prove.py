@@ -5,7 +5,8 @@
 
 The steps go from what must be known first to what is good to know: STEPS has them and their limits. Every row is
 written to DIR/rows.jsonl when it is known. A failure is a row, with the kernel and the error, and stops only what
-depends on it. A measurement that hangs is ended, and the rest goes on in a new process. Rows that are there already,
+depends on it. A measurement that hangs is ended, and the rest goes on in a new process, which also tries once more
+what the old one died of. Rows that are there already,
 for the same source of the kernels, the same GPU and versions, are not measured again; --retry does so with those
 that failed. The result is DIR/prove.json and, to be read, DIR/summary.md.
 
@@ -166,6 +167,7 @@ class Supervisor:
         self.args, self.ledger = args, Ledger(args.out / "rows.jsonl")
         self.end = time.monotonic() + 60 * args.minutes
         self.worker: Worker | None = None
+        self.died_once: set[str] = set()
 
     def run(self) -> None:
         for name in self.args.steps:
@@ -235,8 +237,12 @@ class Supervisor:
 
     def died(self, step: str, running: dict, code: int | None, progress: bool) -> bool:
         reason = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-        for row, _ in running.values():
-            self.add(row | {"failed": f"the process died: {reason}"})
+        for id, (row, _) in running.items():
+            if id in self.died_once:
+                self.add(row | {"failed": f"the process died, twice: {reason}"})
+            else:  # a fresh machine's first process died of SIGBUS, and its second did the same without a fault
+                self.died_once.add(id)
+                print(f"{id}: the process died: {reason}; once more", flush=True)
         if not running and code != POISONED:
             self.fail_step(step, f"the process died between two rows: {reason}")
             return not progress
