@@ -72,10 +72,14 @@ class Target(NamedTuple):
 
 MIXED = "hf_xlstm, one sLSTM block in eight"
 TARGETS = [
-    Target("mLSTM forward, 8 heads of 256/512, any length", "ops/sequence/hf_xlstm/H=8/*", "forward_ms", 2.5, "ms"),
-    Target("the same with backward", "ops/sequence/hf_xlstm/H=8/*", "training_ms", 9, "ms"),
-    Target("mLSTM forward, 16 heads of 128/256, any length", "ops/sequence/hf_xlstm/H=16/*", "forward_ms", 2.2, "ms"),
-    Target("the same with backward", "ops/sequence/hf_xlstm/H=16/*", "training_ms", 8, "ms"),
+    *(
+        Target(f"mLSTM {what}, {H} heads of {dims}, {length}", f"ops/sequence/hf_xlstm/H={H}/*/S={S}", field, ms, "ms")
+        for H, dims, bounds in ((8, "256/512", (2.5, 9)), (16, "128/256", (2.2, 8)))
+        for length, S in (("sequences of 512 to 8,192", "[!6]*"), ("one of 65,536", "65536"))
+        for (what, field), ms in zip(
+            (("forward", "forward_ms"), ("with backward", "training_ms")), bounds, strict=True
+        )
+    ),
     Target("mLSTM step, batch 1, in a graph", "ops/step/hf_xlstm/B=1", "us", 10, "us"),
     Target(
         "mLSTM step from batch 8, to a copy of its state",

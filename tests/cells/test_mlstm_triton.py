@@ -55,11 +55,14 @@ def test_spans(monkeypatch, length, spans):
 
 @pytest.mark.parametrize(
     "K, V, sequences, on_chip",
-    [(256, 512, 2, False), (256, 512, 3, True), (128, 256, 8, False), (128, 256, 9, True), (96, 200, 99, False)],
+    [(256, 512, 2, False), (256, 512, 3, True), (128, 256, 4, False), (128, 256, 5, True), (96, 200, 99, False)],
 )
 def test_c_stays_on_chip_where_the_programs_fill_the_gpu(K, V, sequences, on_chip):
     hopper = GPU(major=9, processors=132)
     assert bool(launch.on_chip_plan(BF16, K, V, 8 * sequences, hopper)) is on_chip
+    if on_chip:
+        assert launch.on_chip_plan(BF16, K, V, 8 * sequences, hopper).output.BV == 64
+        assert launch.on_chip_plan(BF16, K, V, 16 * sequences, hopper).output.BV == 128
     assert launch.on_chip_plan(F32, K, V, 8 * sequences, hopper) is None
 
 

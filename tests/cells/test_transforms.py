@@ -219,7 +219,7 @@ def test_transforms_are_refused_on_triton(op):
         loss(*(torch.autograd.forward_ad.make_dual(x, x) for x in inputs))
     leaves = [x.requires_grad_() for x in inputs]
     with refused:
-        torch.autograd.grad(loss(*leaves).expand(1), leaves, torch.ones(2, 1), is_grads_batched=True)
+        torch.autograd.grad(loss(*leaves).expand(1), leaves, torch.ones(2, 1, device=DEVICE), is_grads_batched=True)
 
 
 def test_vmap_over_bounds_is_refused():
