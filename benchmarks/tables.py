@@ -164,9 +164,10 @@ def by_gpu(folder: Path) -> dict[str, dict[str, dict]]:
     return groups
 
 
-def gpu_text(folder: Path, lines: Callable[[dict[str, dict]], list[str]]) -> str:
+def gpu_text(folder: Path, lines: Callable[[dict[str, dict]], list[str]], last: int = 0) -> str:
+    """Of all GPUs, or of the last ones."""
     text = []
-    for gpu, rows in by_gpu(folder).items():
+    for gpu, rows in [*by_gpu(folder).items()][-last:]:
         text += [f"On one {gpu}, in bfloat16:", "", *lines(rows)]
     return "\n".join(text)
 
@@ -190,7 +191,7 @@ def main() -> None:
     write(args.readme, MARKED, results_text(args.results))
     write(args.front, MARKED, headline(args.results))
     write(args.readme, MARKED_GPU, gpu_text(args.results, report.tables))
-    write(args.front, MARKED_GPU, gpu_text(args.results, report.targets))
+    write(args.front, MARKED_GPU, gpu_text(args.results, report.targets, last=1))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,18 @@ def row(**result) -> dict:
     "rows, title, value, met",
     [
         ({"ops/sequence/hf_xlstm/H=8/K=256/V=512/S=512": row(forward_ms=2.0)}, "mLSTM forward, 8", "2 ms", "yes"),
-        ({f"ops/sequence/hf_xlstm/H=8/{i}": row(forward_ms=i) for i in (2.0, 3.0)}, "mLSTM forward, 8", "3 ms", "no"),
+        (
+            {f"ops/sequence/hf_xlstm/H=8/K=256/V=512/S={S}": row(forward_ms=S / 1024) for S in (2048, 3072, 65_536)},
+            "mLSTM forward, 8 heads of 256/512, sequences",
+            "3 ms",
+            "no",
+        ),
+        (
+            {f"ops/sequence/hf_xlstm/H=8/K=256/V=512/S={S}": row(training_ms=S / 8192) for S in (2048, 65_536)},
+            "mLSTM with backward, 8 heads of 256/512, one",
+            "8 ms",
+            "yes",
+        ),
         ({"ops/step/hf_xlstm/B=1": row(us=9.0)}, "mLSTM step, batch 1", "9 us", "yes"),
         (
             {"ops/copy/torch": row(tb_per_s=3.0)}
