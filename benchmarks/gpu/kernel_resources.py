@@ -165,7 +165,7 @@ def record_slstm_launches(dtype: torch.dtype, D: int, T: int, gpu: GPU) -> dict[
     """What a step, a forward and a backward pass with mask launch, by one program per head and by several."""
     B, H = 2, HEADS
     many = gpu._replace(processors=10**6)
-    plans = slstm_launch.plan(dtype, D, gpu), slstm_launch.spread_plan(dtype, D, B, H, many)
+    plans = slstm_launch.plan(dtype, D, gpu), slstm_launch.spread_plan(dtype, D, B, H, T, many)
     gates, mask, c = empty(B, T, 4, H, D, dtype=dtype), empty(B, T, dtype=torch.bool), empty(B, T, H, D)
     weight, bias = empty(4, H, D, D, dtype=dtype), empty(4, H, D, dtype=dtype)
     state = tuple(empty(B, H, D) for _ in range(4))

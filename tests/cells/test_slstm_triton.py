@@ -50,8 +50,13 @@ def test_battery_meets_both_plans():
     ],
 )
 def test_wide_heads_are_spread_where_all_programs_run_at_once(dtype, D, sequences, major, programs):
-    spread = spread_plan(dtype, D, sequences, 4, GPU(major, processors=132))
+    gpu = GPU(major, processors=132)
+    spread = spread_plan(dtype, D, sequences, 4, 2, gpu)
     assert (spread is None) == (programs is None)
+    # a single step waits for nobody
+    assert (spread_plan(dtype, D, sequences, 4, 1, gpu) is None) == (
+        major == 0 or plan(dtype, D, gpu).tiles.BK is None
+    )
     if spread is not None:
         assert -(-sequences // spread.tiles.BB) * 4 * -(-D // spread.tiles.BD) == programs
 

@@ -3,7 +3,8 @@
 The first use of an op, in a dtype and with heads of some size, runs small inputs through the kernels (training, a
 prompt that continues a state, a short one; and steps) and through the torch path in float64. That takes well under a
 second, and the compilation of kernels of which most are needed anyway. The verdict is remembered in the process and
-on disk: for this GPU, driver, torch, Triton and source of the kernels. Masks and packed sequences are not checked.
+on disk: for this GPU, driver, torch, Triton and source of the kernels. Masks and packed sequences are not checked, nor
+the kernels that a launch plan takes for many sequences alone.
 
 Nothing can be run while a graph is traced or captured, inside `torch.func` transforms and under dispatch modes. There
 a remembered verdict holds, and where there is none the kernels are trusted: they pass their tests, and the slow path

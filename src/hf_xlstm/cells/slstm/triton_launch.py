@@ -15,6 +15,7 @@ from . import triton_kernels as kernels
 
 
 BB = 16  # sequences per program, the least a matrix product takes
+AT_ONCE: list[dict[str, int]] = [{}]  # one launch, whose kernel knows no other
 
 
 class Plan(NamedTuple):
@@ -47,12 +48,12 @@ def plan(dtype: torch.dtype, D: int, gpu: GPU) -> Plan:
     return Plan(Tiles(num_warps, num_stages=2, BB=BB, BD=32, BK=64 if bf16 else 32, maxnreg=maxnreg))
 
 
-def spread_plan(dtype: torch.dtype, D: int, sequences: int, heads: int, gpu: GPU) -> Plan | None:
+def spread_plan(dtype: torch.dtype, D: int, sequences: int, heads: int, steps: int, gpu: GPU) -> Plan | None:
     """The plan of several programs per head, each with BD of its units, or None where one program has the head.
 
-    The programs of a head exchange h at every step and wait for each other, so all of them must run at once: a
-    cooperative launch, which NVIDIA's GPUs know, and no more programs than there are processors. BK is all of D where
-    a program can keep its part of R on chip.
+    From step to step the programs of a head exchange h and wait for each other, so all of them must run at once: a
+    cooperative launch, which NVIDIA's GPUs know, and no more programs than there are processors. A single step waits
+    for nothing. BK is all of D where a program can keep its part of R on chip.
     """
     if gpu.major < 8 or plan(dtype, D, gpu).tiles.BK is None:
         return None
@@ -60,7 +61,7 @@ def spread_plan(dtype: torch.dtype, D: int, sequences: int, heads: int, gpu: GPU
     BK = triton.next_power_of_2(D) if bf16 and D <= 256 else 64 if bf16 else 32
     tiles = Tiles(num_warps=8 if BK >= D else 4, num_stages=1, BB=BB, BD=32, BK=BK)
     programs = triton.cdiv(sequences, BB) * heads * triton.cdiv(D, tiles.BD)
-    return Plan(tiles, spread=True) if programs <= gpu.processors else None
+    return Plan(tiles, spread=True) if steps == 1 or programs <= gpu.processors else None
 
 
 def _launches(steps: int) -> list[dict[str, int]]:
@@ -97,19 +98,18 @@ def run_forward(
     h = torch.empty(B, T, H, D, dtype=gates.dtype, device=gates.device)
     saved = gates.new_empty(B, T, 4, H, D, dtype=torch.float32) if save else None
     c = gates.new_empty(B, T, H, D, dtype=torch.float32) if save else None
-    kernel, exchange, launches, programs = kernels.forward_resident_kernel, {}, [{}], triton.cdiv(N, BB) * H
-    tiles = plan.tiles
-    if plan.spread:
-        kernel, launches = kernels.forward_spread_kernel, _launches(T)
-        h_before = gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype))
-        rows = initial[0] if state_indices is None else initial[0][state_indices.clamp(min=0)]
-        h_before[0].copy_(rows)
-        exchange = {"p_h_before": h_before, "units": D, "p_touched": gates.new_empty(N, dtype=torch.int32)}
-        exchange |= {"p_arrived": gates.new_zeros(programs, dtype=torch.int32), "launch_cooperative_grid": T > 1}
-        programs *= triton.cdiv(D, tiles.BD)
-    elif tiles.BK is not None:
+    tiles, programs = plan.tiles, triton.cdiv(N, BB) * H
+    kernel, exchange, launches = kernels.forward_resident_kernel, {}, AT_ONCE
+    if tiles.BK is not None:
         kernel = kernels.forward_streamed_kernel
         exchange = {"p_h_before": gates.new_empty(2, N, H, D, dtype=_exchange_dtype(gates.dtype)), "units": D}
+    if plan.spread:
+        kernel, launches = kernels.forward_spread_kernel, _launches(T)
+        h_initial = initial[0] if state_indices is None else initial[0][state_indices.clamp(min=0)]
+        exchange["p_h_before"][0].copy_(h_initial)
+        exchange |= {"p_touched": gates.new_empty(N, dtype=torch.int32)}
+        exchange |= {"p_arrived": gates.new_zeros(programs, dtype=torch.int32), "launch_cooperative_grid": T > 1}
+        programs *= triton.cdiv(D, tiles.BD)
     with on_device(gates):
         for steps in launches:
             kernel[(programs,)](
@@ -154,8 +154,8 @@ def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, save
     N = initial_c.shape[0]
     dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
     dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
-    kernel, exchange, launches, programs = kernels.backward_resident_kernel, {}, [{}], triton.cdiv(N, BB) * H
-    tiles = plan.tiles
+    tiles, programs = plan.tiles, triton.cdiv(N, BB) * H
+    kernel, exchange, launches = kernels.backward_resident_kernel, {}, AT_ONCE
     if tiles.BK is not None:
         kernel = kernels.backward_streamed_kernel
         exchange = {"p_dx": dh.new_zeros(2, N, 4, H, D, dtype=_exchange_dtype(dh.dtype)), "units": D}

@@ -12,9 +12,9 @@ from . import triton_launch as launch
 from .reference import SLSTMState, zero_slstm_state
 
 
-def _plan(x: torch.Tensor, sequences: int) -> launch.Plan:
+def _plan(x: torch.Tensor, sequences: int, steps: int) -> launch.Plan:
     gpu, (heads, D) = common.GPU.of(x.device), x.shape[-2:]
-    return launch.spread_plan(x.dtype, D, sequences, heads, gpu) or launch.plan(x.dtype, D, gpu)
+    return launch.spread_plan(x.dtype, D, sequences, heads, steps, gpu) or launch.plan(x.dtype, D, gpu)
 
 
 @torch.library.custom_op("hf_xlstm::slstm_forward", mutates_args=())
@@ -33,7 +33,7 @@ def slstm_forward(
     """h, the final state, and what the backward pass needs: empty tensors without `save`."""
     state = tuple(x.contiguous() for x in (h0, c0, n0, m0))
     final = tuple(torch.empty_like(x) for x in state)
-    plan = _plan(gates, c0.shape[0])
+    plan = _plan(gates, c0.shape[0], gates.shape[1])
     h, saved, c = launch.run_forward(gates, recurrent_weight, bias, state, final, mask, cu_seqlens, save, plan)
     return h, *final, *((saved, c) if save else (h0.new_empty(0), h0.new_empty(0)))
 
@@ -70,7 +70,7 @@ def slstm_backward(
     dfinal = (dh_final, dc_final * n_final, dn_final * n_final)
     initial_c = torch.where(n0 == 0, 0, c0 / n0).contiguous()
     dgates, dh0, dc0, dn0 = launch.run_backward(
-        dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, _plan(dh, c0.shape[0])
+        dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, saved, c, _plan(dh, c0.shape[0], dh.shape[1] + 1)
     )
     with without_autocast(h.device):  # gate by gate: each product takes its operands as they lie in memory
         products = [torch.bmm(d.permute(1, 2, 0), h_before.transpose(0, 1)) for d in dgates.flatten(0, 1).unbind(1)]
@@ -164,7 +164,7 @@ def slstm_step_inplace(
     state = common.state_rows(given, state_indices, same_stride=True)
     gates = gates[:, None]
     output, _, _ = launch.run_forward(
-        gates, recurrent_weight, bias, state, state, None, None, False, _plan(gates, gates.shape[0]), state_indices
+        gates, recurrent_weight, bias, state, state, None, None, False, _plan(gates, gates.shape[0], 1), state_indices
     )
     for old, new in zip(given, state, strict=True):
         if old is not new:
