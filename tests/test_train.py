@@ -419,6 +419,7 @@ BAD = {
     "no model": (["--data", "ok.txt", "--model", "."], "--model excludes"),
     "trainer field": (["--data", "ok.txt", "--trainer", "nonsense=1"], "nonsense"),
     "trainer form": (["--data", "ok.txt", "--trainer", "nonsense"], "must be NAME=VALUE"),
+    "shards": (["--data", "ok.txt", "--trainer", "fsdp=true"], "shared by several processes that have a GPU each"),
     "no split": (["--data", "ok.txt", "--dataset", "x"], "exclude each other"),
     "reporter": (["--data", "ok.txt", "--report-to", "nobody"], "nobody"),
 }

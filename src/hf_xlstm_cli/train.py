@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         type=trainer_option,
         default=[],
         metavar="NAME=VALUE",
-        help="fields of TrainingArguments, such as gradient_accumulation_steps=4 fsdp=full_shard",
+        help="fields of TrainingArguments, such as gradient_accumulation_steps=4 fsdp=true",
     )
 
     args = parser.parse_args(arguments)

@@ -231,9 +231,11 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         arguments = TrainingArguments(**(options | args.trainer))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # looks whether its package is there
-        return arguments
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--trainer or --report-to: {error}") from error
+    if arguments.fsdp and (use_cpu or arguments.world_size == 1):  # Accelerate would copy the model, in silence
+        raise UserError("--trainer fsdp: a model is shared by several processes that have a GPU each")
+    return arguments
 
 
 def write_results(
