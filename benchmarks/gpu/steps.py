@@ -15,7 +15,7 @@ STEPS = {
     "prefill": Step(30, 30),  # kernels compiled beforehand
     "smoke": Step(60, 40),
     "tests": Step(150, 60),  # the kernels' own
-    "ops": Step(150, 45),  # at the shapes of the targets; then the baselines
+    "ops": Step(150, 75),  # at the shapes of the targets; then the baselines, which tune themselves at first
     "generation": Step(120, 100),
     "training": Step(90, 60),
     "breakdown": Step(45, 40),  # what takes the time, kernel by kernel
