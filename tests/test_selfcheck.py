@@ -20,7 +20,9 @@ import triton.language as tl
 from hf_xlstm import env, hub
 from hf_xlstm.cells import dispatch, selfcheck
 from hf_xlstm.cells.mlstm import triton_backward, triton_recurrent
+from hf_xlstm.cells.mlstm import triton_launch as mlstm_launch
 from hf_xlstm.cells.slstm import triton_launch as slstm_launch
+from hf_xlstm.cells.triton_common import GPU
 from hf_xlstm.ops import backend_and_reason, mlstm, mlstm_step
 
 
@@ -281,3 +283,14 @@ def test_env_shows_and_checks_again(monkeypatch):
 
 def test_the_copy_beside_a_checkpoint_does_without():
     assert "cells_dispatch.py" in hub.flat_modules() and "cells_selfcheck.py" not in hub.flat_modules()
+
+
+def test_checks_the_plans_of_many_sequences(monkeypatch):
+    """As many as C is kept on chip for in the widest tiles, and more than several programs share a head for."""
+    gpu = GPU(major=9, processors=132)
+    monkeypatch.setattr(GPU, "of", lambda device: gpu)
+    numbers = selfcheck.Numbers(selfcheck.Question("mlstm", torch.bfloat16, (256, 512), torch.device("cpu")), False)
+    rows = [selfcheck._rows(numbers, *dims) for dims in ((256, 512), (128, 256), (512, 512))]
+    assert rows == [33, 66, 2]
+    assert mlstm_launch.on_chip_plan(torch.bfloat16, 256, 512, 33, gpu).output.BV == 128
+    assert [selfcheck._slstm_rows(numbers, D) for D in (128, 256, 512)] == [3, 131, 67]

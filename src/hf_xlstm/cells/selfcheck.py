@@ -3,8 +3,7 @@
 The first use of an op, in a dtype and with heads of some size, runs small inputs through the kernels (training, a
 prompt that continues a state, a short one; and steps) and through the torch path in float64. That takes well under a
 second, and the compilation of kernels of which most are needed anyway. The verdict is remembered in the process and
-on disk: for this GPU, driver, torch, Triton and source of the kernels. Masks and packed sequences are not checked, nor
-the kernels that a launch plan takes for many sequences alone.
+on disk: for this GPU, driver, torch, Triton and source of the kernels. Masks and packed sequences are not checked.
 
 Nothing can be run while a graph is traced or captured, inside `torch.func` transforms and under dispatch modes. There
 a remembered verdict holds, and where there is none the kernels are trusted: they pass their tests, and the slow path
@@ -302,7 +301,8 @@ def _training(op, inputs: list[torch.Tensor], names: tuple[str, ...], backend: s
 
 
 def _mlstm(backend: str, numbers: Numbers, K: int, V: int) -> Results:
-    """Training; then prompts that continue a state, first of as many sequences as C is kept on chip for."""
+    """Training; then prompts that continue a state, first of as many sequences as C is kept on chip for in the widest
+    tiles."""
     inputs = numbers.mlstm_inputs(1, TOKENS, 2, K=K, V=V)
     results = _training(mlstm, inputs, ("q", "k", "v", "igate", "fgate"), backend)
     with torch.no_grad():
@@ -318,16 +318,29 @@ def _rows(numbers: Numbers, K: int, V: int) -> int:
     from .triton_common import GPU
 
     gpu = GPU.of(numbers.device)
-    return next((n for n in range(2, gpu.processors + 1) if on_chip_plan(numbers.dtype, K, V, n, gpu)), 2)
+    plans = {n: on_chip_plan(numbers.dtype, K, V, n, gpu) for n in range(2, gpu.processors + 1)}
+    widths = {n: plan.output.BV or 0 for n, plan in plans.items() if plan}
+    return max(widths, key=widths.__getitem__, default=2)  # the first of the widest
 
 
 def _slstm(backend: str, numbers: Numbers, D: int) -> Results:
-    parameters, state = numbers.slstm_parameters(2, D), numbers.slstm_state(3, 2, D)
+    """Training; then a prompt that continues a state, of more sequences than several programs share a head for."""
+    parameters, rows = numbers.slstm_parameters(2, D), _slstm_rows(numbers, D)
     gates = numbers(3, SLSTM_TOKENS, 4, 2, D)
     results = _training(slstm, [gates, *parameters], ("gates", "recurrent_weight", "bias"), backend)
+    gates, state = numbers(rows, SLSTM_TOKENS, 4, 2, D), numbers.slstm_state(rows, 2, D)
     with torch.no_grad():
         h, state = slstm(gates, *parameters, initial_state=state, output_final_state=True, backend=backend)
     return results | {"h of a prompt": h, "state after a prompt": _meaning(state)}
+
+
+def _slstm_rows(numbers: Numbers, D: int) -> int:
+    from .slstm.triton_launch import BB, spread_plan
+    from .triton_common import GPU
+
+    gpu = GPU.of(numbers.device)
+    rows = range(3, BB * gpu.processors, BB)
+    return next(n for n in rows if not spread_plan(numbers.dtype, D, n, 2, SLSTM_TOKENS, gpu))
 
 
 def _steps(step, inputs: list[torch.Tensor], pool: tuple[torch.Tensor, ...], backend: str) -> Results:
