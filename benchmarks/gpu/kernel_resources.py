@@ -254,6 +254,7 @@ SPILLS = {
     "recurrent_kernel": 8,  # by Triton 3.9
     "forward_resident_kernel": 24,
     "forward_streamed_kernel": 56,
+    "forward_spread_kernel": 32,
 }
 
 
