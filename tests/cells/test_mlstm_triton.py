@@ -212,12 +212,14 @@ def test_products_whose_operands_may_change():
         %product = ttng.warp_group_dot %other, %turned, %sum {isAsync = true} : !ttg.memdesc<1> * !ttg.memdesc<2>
         %done:2 = ttng.warp_group_dot_wait %product, %turned {pendings = 1 : i32} : tensor<1>
     """
-    registers = (
-        "%p = ttng.warp_group_dot %a, %b, %c {isAsync = true} : tensor<1, #ttg.dot_op<{opIdx = 0, kWidth = 2}>>"
-    )
+    registers = """
+        %p = ttng.warp_group_dot %a, %b, %c {isAsync = true} : tensor<1, #ttg.dot_op<{opIdx = 0, kWidth = 2}>>
+        %q:2 = ttng.warp_group_dot_wait %p, %b {pendings = 3 : i32} : tensor<1>
+    """
     use = "%x = ttg.local_load %tile token %t : tensor<128x64xbf16>"
     assert races(tile) == races(use) == []
     assert races((tile + use).replace("pendings = 1", "pendings = 0")) == []
+    assert races(registers.replace("pendings = 3", "pendings = 0")) == []
     assert races(tile + use) == ["%product: another use of a tile"]
     assert races(registers) == ["%p: left operand in registers"]
 

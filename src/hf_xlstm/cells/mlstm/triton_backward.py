@@ -137,6 +137,7 @@ def state_gradient_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    WEIGH_RIGHT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -181,10 +182,15 @@ def state_gradient_kernel(
         p_q_chunk = features(p_q, row, start, h, stride_qb, stride_qt, stride_qh)
         b_q = load_transposed(p_q_chunk, o_l, o_k, stride_qt, live, in_k)  # [BK, L]
         b_dh = load_tile(p_dh + ((row * T + start) * H + h) * V, o_l, o_v, H * V, live, in_v)  # [L, BV]
-        b_dh = b_dh.to(tl.float32) * read_weight[:, None]
         decay = tl.exp(tl.load(p_log_decay + o_chunk))
-        b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)  # [BK, BV]
-        b_dn = decay * b_dn + tl.sum(b_q.to(tl.float32) * (read_weight * x)[None, :], 1)  # [BK]
+        if WEIGH_RIGHT:
+            b_dh = b_dh.to(tl.float32) * read_weight[:, None]
+            b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)  # [BK, BV]
+            b_dn = decay * b_dn + tl.sum(b_q.to(tl.float32) * (read_weight * x)[None, :], 1)  # [BK]
+        else:
+            b_q = b_q.to(tl.float32) * read_weight[None, :]
+            b_dc = tl.dot(b_q.to(DOT), b_dh.to(DOT), acc=decay * b_dc, input_precision=PRECISION)
+            b_dn = decay * b_dn + tl.sum(b_q * x[None, :], 1)
         decay_product *= decay
 
     if p_c_end is not None:

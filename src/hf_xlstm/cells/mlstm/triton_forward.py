@@ -222,11 +222,13 @@ def state_kernel(
     L: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    WEIGH_RIGHT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C and n from chunk to chunk, one program for each tile of C. Where sequences are cut into spans, the
-    states at start and end are those of spans."""
+    """C and n from chunk to chunk, one program for each tile of C. The weights w go onto k, which has fewer elements
+    here, or to the right, onto v: on Hopper a left operand must come from memory as it is (docs/kernels.md). Where
+    sequences are cut into spans, the states at start and end are those of spans."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -265,9 +267,15 @@ def state_kernel(
         p_k_chunk = features(p_k, row, start, h, stride_kb, stride_kt, stride_kh)
         p_v_chunk = features(p_v, row, start, h, stride_vb, stride_vt, stride_vh)
         b_k = load_transposed(p_k_chunk, o_l, o_k, stride_kt, live, in_k)  # [BK, L]
-        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v).to(tl.float32) * w[:, None]  # [L, BV]
-        b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)  # [BK, BV]
-        b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * w[None, :], 1)  # [BK]
+        b_v = load_tile(p_v_chunk, o_l, o_v, stride_vt, live, in_v)  # [L, BV]
+        if WEIGH_RIGHT:
+            b_v = b_v.to(tl.float32) * w[:, None]
+            b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)  # [BK, BV]
+            b_n = decay * b_n + tl.sum(b_k.to(tl.float32) * w[None, :], 1)  # [BK]
+        else:
+            b_k = b_k.to(tl.float32) * w[None, :]
+            b_c = tl.dot(b_k.to(DOT), b_v.to(DOT), acc=decay * b_c, input_precision=PRECISION)
+            b_n = decay * b_n + tl.sum(b_k, 1)
         decay_product *= decay
         start += L
 

@@ -46,7 +46,10 @@ def plan(dtype: torch.dtype, K: int, V: int, gpu: GPU) -> Plan:
     if dtype != torch.bfloat16:
         # float32 products take no matrix instructions: their operands stand in registers too
         num_warps = 8 if dtype == torch.float32 else 4
-        length, state, score, output = 64, (32, 64, 8, 2), (32, 32, num_warps, 2), (32, 64, num_warps, 2)
+        # float16 goes through tf32, with left operands in registers: on Hopper each product must be waited for at once
+        stages = 1 if dtype == torch.float16 and gpu.hopper else 2
+        state, score, output = (32, 64, 8, stages), (32, 32, num_warps, stages), (32, 64, num_warps, stages)
+        length = 64
         warps_alone, per_processor = 8, 1
     elif gpu.hopper and K * V > 64 * 64 and aligned:
         length, state, score, output = MAX_CHUNK, (64, 128, 4, 3), (64, 64, 8, 4), (64, 64, 8, 3)
@@ -300,6 +303,7 @@ def _scan_states(kernel, inputs: dict, q, v, start, end, chunks: Chunks, plan: P
             K=K,
             V=V,
             L=plan.chunk_size,
+            WEIGH_RIGHT=q.dtype == torch.bfloat16,
             **tiles.options,
             **dot_options(q.dtype),
         )
