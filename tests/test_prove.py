@@ -45,7 +45,7 @@ def test_every_step(tmp_path):
     assert code == 1 and all("cudnn_attention" in id for id in failed), failed
     skipped = {row["skipped"] for row in rows.values() if "skipped" in row}
     assert all(reason.endswith("is not installed") for reason in skipped), skipped
-    assert sum(id.startswith("variants/") for id in rows) == 27
+    assert sum(id.startswith("variants/") for id in rows) == 26
     assert sum(id.startswith("smoke/model/") for id in rows) == sum(id.endswith("/selfcheck") for id in rows) == 4
     assert [row["result"]["outcome"] for id, row in rows.items() if id.startswith("tests/")] == 2 * ["passed"]
     numbers = {name: x for row in rows.values() for name, x in row.get("result", {}).items() if isinstance(x, float)}

@@ -26,9 +26,7 @@ from hf_xlstm.cells.triton_common import GPU
 from hf_xlstm.ops import backend_and_reason, mlstm, mlstm_step
 
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="a kernel that is compiled cannot be replaced like an interpreted one"
-)
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="compiled kernels cannot be replaced")
 CPU, F32 = torch.device("cpu"), torch.float32
 
 

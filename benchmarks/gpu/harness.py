@@ -111,7 +111,7 @@ def kernel_milliseconds(function: Callable[[], object], calls: int = 3) -> dict[
         torch.cuda.synchronize()
     times = {event.key[:80]: event.self_device_time_total / calls / 1e3 for event in profiler.key_averages()}
     longest = sorted((name for name, time in times.items() if time > 0), key=times.get, reverse=True)
-    return {name: round(times[name], 4) for name in longest[:24]}
+    return {name: round(times[name], 4) for name in longest}
 
 
 def peak_gigabytes(function: Callable[[], object]) -> float:

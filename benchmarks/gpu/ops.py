@@ -87,17 +87,16 @@ def retiled(kernels: str, **changes: int) -> tuple[object, str, Callable]:
 
 
 TILE_VARIANTS = {
-    "4 warps": retiled("state score output", num_warps=4),
+    "4 warps": retiled("score output", num_warps=4),
+    "8 warps": retiled("state", num_warps=8),
     "two stages": retiled("state score output", num_stages=2),
-    "four stages": retiled("state score output", num_stages=4),
-    "K tiles of 32": retiled("score output", BK=32),
-    "square tiles of 128": retiled("state score output", BK=128, BV=128),
-    "V tiles of 64": retiled("state output", BV=64),
-    "on chip: 4 warps": retiled("on chip", num_warps=4),
+    "three stages": retiled("score", num_stages=3),
+    "four stages": retiled("state output", num_stages=4),
+    "V tiles of 64": retiled("state", BV=64),
+    "V tiles of 128": retiled("output", BV=128),
     "on chip: one stage": retiled("on chip", num_stages=1),
-    "on chip: three stages": retiled("on chip", num_stages=3),
-    "on chip: 32 columns": retiled("on chip", BV=32),
-    "on chip: 128 columns": retiled("on chip", BV=128),
+    "on chip: 64 columns": retiled("on chip", BV=64),
+    "on chip: 64 columns, three stages": retiled("on chip", BV=64, num_stages=3),
 }
 TILE_LENGTHS = [2048]
 LONG_VARIANTS = {  # of one sequence, whose programs are few

@@ -145,8 +145,6 @@ def table(rows: dict[str, dict], title: str, keys: list[dict[str, object]], colu
     return [head, "|---" + "|---:" * sum(measured) + "|", *body, ""]
 
 
-SEQUENCE = "ops/sequence/{kernel}/H={H}/K={K}/V={V}/S={S}"
-SLSTM = "ops/slstm_sequence/{kernel}/B={B}/T={T}/D={D}"
 SHAPES = [(8, 256, 512), (16, 128, 256)]
 PEERS = {"hf_xlstm": "mLSTM", "tfla": "TFLA", "simple_gla": "simple GLA"} | {
     "flash_attention_2": "FlashAttention 2, 32 heads of 128",
@@ -154,20 +152,13 @@ PEERS = {"hf_xlstm": "mLSTM", "tfla": "TFLA", "simple_gla": "simple GLA"} | {
 }
 
 
-def with_(template: str, **values: object) -> str:
-    """A template with some of its fields filled in."""
-    for name, value in values.items():
-        template = template.replace("{" + name + "}", str(value))
-    return template
-
-
 def tables(rows: dict[str, dict]) -> list[str]:
     """What was measured of the ops, of decoding and of training, in bfloat16."""
     text = []
     for H, K, V in SHAPES:
-        keys = [{"name": f"{S:,}", "S": S, "H": H, "K": K, "V": V} for S in (512, 2048, 8192, 65_536)]
+        keys = [{"name": f"{S:,}", "S": S} for S in (512, 2048, 8192, 65_536)]
         columns = [
-            Column(f"{peer}, {what}", with_(SEQUENCE, kernel=kernel), field)
+            Column(f"{peer}, {what}", f"ops/sequence/{kernel}/H={H}/K={K}/V={V}/S={{S}}", field)
             for kernel, peer in PEERS.items()
             for what, field in (("forward", "forward_ms"), ("and backward", "training_ms"))
         ]
@@ -180,7 +171,7 @@ def tables(rows: dict[str, dict]) -> list[str]:
     shapes += [(16, 256, 128), (16, 4096, 128)]
     keys = [{"name": f"{B} x {T:,}, 4 heads of {D}", "B": B, "T": T, "D": D} for B, T, D in shapes]
     columns = [
-        Column(f"{peer}, {what}", with_(SLSTM, kernel=kernel), field)
+        Column(f"{peer}, {what}", f"ops/slstm_sequence/{kernel}/B={{B}}/T={{T}}/D={{D}}", field)
         for kernel, peer in {"hf_xlstm": "sLSTM", "cudnn_lstm": "cuDNN's LSTM", "pytorch": "sLSTM in PyTorch"}.items()
         for what, field in (("forward", "forward_ms"), ("and backward", "training_ms"))
     ]

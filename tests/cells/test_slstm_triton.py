@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from hf_xlstm.cells.slstm.triton_kernels import places
+from hf_xlstm.cells.slstm.triton_cell import places
 from hf_xlstm.cells.slstm.triton_launch import plan, spread_plan
 from hf_xlstm.cells.slstm.triton_ops import slstm_forward
 from hf_xlstm.cells.triton_common import GPU, unsupported_reason

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..triton_common import GPU, INTERPRETED, Tiles, contiguous, dense, dot_options, on_device, strides
-from . import triton_kernels as kernels
+from . import triton_backward as backward_kernels
+from . import triton_forward as kernels
 
 
 BB = 16  # sequences per program, the least a matrix product takes
@@ -155,12 +156,12 @@ def run_backward(dh, dfinal, recurrent_weight, initial_c, mask, cu_seqlens, save
     dgates = torch.empty(B, T, 4, H, D, dtype=dh.dtype, device=dh.device)
     dinitial = tuple(torch.empty_like(initial_c) for _ in range(3))
     tiles, programs = plan.tiles, triton.cdiv(N, BB) * H
-    kernel, exchange, launches = kernels.backward_resident_kernel, {}, AT_ONCE
+    kernel, exchange, launches = backward_kernels.backward_resident_kernel, {}, AT_ONCE
     if tiles.BK is not None:
-        kernel = kernels.backward_streamed_kernel
+        kernel = backward_kernels.backward_streamed_kernel
         exchange = {"p_dx": dh.new_zeros(2, N, 4, H, D, dtype=_exchange_dtype(dh.dtype)), "units": D}
     if plan.spread:
-        kernel, launches = kernels.backward_spread_kernel, _launches(T + 1)
+        kernel, launches = backward_kernels.backward_spread_kernel, _launches(T + 1)
         exchange |= {"p_arrived": dh.new_zeros(programs, dtype=torch.int32), "launch_cooperative_grid": True}
         programs *= triton.cdiv(D, tiles.BD)
     with on_device(dh):
