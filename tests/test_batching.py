@@ -295,6 +295,22 @@ def test_generate_batch_goes_on_from_the_store():
     assert [x.generated_tokens for x in outputs.values()] == [alone(model, x, max_new_tokens=1) for x in second]
 
 
+def test_replies_to_one_prompt_have_snapshots_of_their_own():
+    model, (prompt,) = tiny_model(layer_types=MIXED), random_prompts(1)
+    model.state_store = StateStore(every=3)
+    config = GenerationConfig(do_sample=True, temperature=3.0, num_return_sequences=3, max_new_tokens=8)
+    outputs = list(model.generate_batch([prompt], config, ContinuousBatchingConfig(seed=1)).values())
+    store, model.state_store = model.state_store, None
+    assert len({tuple(output.generated_tokens) for output in outputs}) == 3
+    for output in outputs:
+        text = [*prompt, *output.generated_tokens]
+        found, expected = store.find(model, text), xLSTMCache(model.config)
+        assert found.get_seq_length() == len(text) - 1
+        with torch.no_grad():
+            model(torch.tensor([text[:-1]]), cache=expected)
+        assert_same_states(found, expected)
+
+
 def test_states_read_with_weights_that_have_changed_meanwhile_are_not_kept():
     model, (prompt,) = tiny_model(layer_types=MIXED), random_prompts(1)
     model.state_store = StateStore()

@@ -14,7 +14,7 @@ from common import MIXED, STACKS, assert_same_states, tiny_model, tokens
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.cache import CACHE_FILE
-from hf_xlstm.state_store import StateStore, fingerprint
+from hf_xlstm.state_store import StateStore, TextKeys, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def test_the_longest_beginning_is_found_and_belongs_to_the_caller(model):
     with torch.no_grad():
         model(ids[:, 9:], cache=first)
     assert_same_states(store.find(model, ids), read(model, ids[:, :9]))
+
+
+def test_keys_of_a_text_that_grows():
+    text = tokens(1, 50)[0].tolist()
+    keys = TextKeys("weights")
+    parts = keys.of(text[:20], [3, 9]) + keys.of(text[:20], [20]) + keys.of(text, [20, 41])
+    assert parts == [TextKeys("weights").of(text, [n])[0] for n in (3, 9, 20, 20, 41)]
+    assert keys.of(text, [5]) == TextKeys("weights").of(text[:5], [5])  # shorter than what was hashed
+    assert len({*parts, *TextKeys("others").of(text, [3, 9, 20, 41]), *keys.of(text[1:], [3, 9, 20, 41])}) == 12
 
 
 def test_refusals(model):

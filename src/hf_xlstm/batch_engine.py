@@ -27,7 +27,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from .cache import STATE_NAMES, xLSTMCache, xLSTMCacheLayer
-from .state_store import StateStore, fingerprint, token_list
+from .state_store import StateStore, TextKeys, fingerprint, token_list
 
 
 # Warpers that look at one row of scores and at nothing else, so that rows with equal ones can share a call.
@@ -85,7 +85,8 @@ class Request:
     cache: xLSTMCache | None = None  # one row, until the prompt is read
     logits: torch.Tensor | None = None  # (1, V) after the prompt, for a copy
     borders: list[int] = field(default_factory=list)  # tokens of the prompt after which reading stops
-    weights: tuple | None = None  # fingerprint and counts of those that read it; None: it leaves no snapshots
+    keys: TextKeys | None = None  # of its snapshots; None: it leaves none
+    versions: tuple[int, ...] = ()  # of the weights that it began with
 
     def __post_init__(self):
         eos = self.config.eos_token_id
@@ -100,7 +101,16 @@ class Request:
         names = [f"{self.id}__child#{index}" for index in range(self.copies)]
         self.copies = 0
         return [
-            replace(self, id=name, new=[], logprobs=[], timestamps=[], created=time.perf_counter(), started=-1)
+            replace(
+                self,
+                id=name,
+                keys=None if self.keys is None else TextKeys(self.keys.weights),  # their texts part from here
+                new=[],
+                logprobs=[],
+                timestamps=[],
+                created=time.perf_counter(),
+                started=-1,
+            )
             for name in names
         ]
 
@@ -165,16 +175,17 @@ def prepare(model, id: str, prompt: list[int], generation_config: GenerationConf
     if unknown:
         raise ValueError(f"These are no parameters of generation: {', '.join(unknown)}.")
     config, _ = model._prepare_generation_config(given)
-    if not prompt or min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+    # a tensor by way of an array: each look at a list of many tokens takes as long as a reply's first token
+    ids = torch.frombuffer(array("q", prompt), dtype=torch.long) if prompt else torch.tensor([-1])
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
         raise ValueError(f"A prompt is at least one token from 0 to {model.config.vocab_size - 1}.")
+    ids = ids.unsqueeze(0).to(model.device)
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"A batch knows greedy search and sampling, not {mode.value}: use `generate`.")
     for name, value in (("guidance_scale", 1), ("token_healing", False)):
         if getattr(config, name, None) not in (None, value):
             raise ValueError(f"A batch cannot do `{name}`: use `generate`.")
-    # a list of many tokens would take longer than the reply
-    ids = torch.frombuffer(array("q", prompt), dtype=torch.long).unsqueeze(0).to(model.device)
     if config.pad_token_id is None and config.eos_token_id is not None:  # which Transformers would say every time
         config.pad_token_id = token_list(torch.tensor(config.eos_token_id).reshape(-1))[0]
     model._prepare_special_tokens(config, device=model.device)
@@ -312,7 +323,7 @@ class BatchEngine:
     def forget_weights(self) -> None:
         """Called when the weights may have changed: what is on its way leaves no snapshots."""
         for request in (*self.waiting, *self.reading, *self.writing):
-            request.weights = None
+            request.keys = None
 
     @torch.no_grad()
     def run(self) -> None:
@@ -421,14 +432,14 @@ class BatchEngine:
                 if self.store is not None:
                     if weights is None:
                         weights = fingerprint(self.model), counted_versions(self.model)
-                    request.weights = weights
+                    request.keys, request.versions = TextKeys(weights[0]), weights[1]
                     # beside the end of the prompt, that of its last turn: what a chat template writes after it may be
                     # another text next time
                     backwards = request.prompt[::-1]
                     turns = [length - backwards.index(token) for token in request.eos if token in backwards]
                     every = range(self.store.every, length, self.store.every)
                     request.borders = sorted({length, max(turns, default=length), *every})
-                    found = self.store.longest(weights[0], request.prompt)
+                    found = self.store.longest(request.keys, request.prompt)
                     if found is not None:
                         request.cache, request.read = found.to(self.model.device), found.get_seq_length()
                 if request.cache is None:
@@ -503,13 +514,13 @@ class BatchEngine:
     def _may_keep(self, request: Request) -> bool:
         """Whether the weights are those that the request began with: by what PyTorch counts, since checksums of all
         weights at every snapshot would take too long."""
-        return request.weights is not None and counted_versions(self.model) == request.weights[1]
+        return request.keys is not None and counted_versions(self.model) == request.versions
 
     def _keep(self, request: Request, cache: xLSTMCache) -> None:
         layers = [{name: x.cpu().clone() for name, x in layer.tensors().items()} for layer in cache.layers]
         tokens = request.tokens[: request.read]
-        assert self.store is not None and request.weights is not None
-        self.store.add(request.weights[0], tokens, cache_of(self.model.config, layers, request.read))
+        assert self.store is not None and request.keys is not None
+        self.store.add(request.keys, tokens, cache_of(self.model.config, layers, request.read))
 
     def _end(self, request: Request, status: RequestStatus, error: str | None = None) -> None:
         """Takes a request out, wherever it is, and delivers its last output."""

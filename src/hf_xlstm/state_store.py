@@ -80,7 +80,7 @@ class StateStore:
             ids: the tokens of the whole text, (T,), (1, T) or a list.
         """
         weights = fingerprint(model)
-        cache = self.longest(weights, token_list(ids))
+        cache = self.longest(TextKeys(weights), token_list(ids))
         own: Any = model
         cache = xLSTMCache(own.config) if cache is None else cache.to(own.device)
         cache.read_by = weights
@@ -105,24 +105,24 @@ class StateStore:
                 f"`cache` must have read one text of at most {len(tokens)} tokens, it has read {seen} in "
                 f"{max(cache.batch_size, 0)} rows."
             )
-        self.add(weights, tokens[:seen], copy.deepcopy(cache).to("cpu"))
+        self.add(TextKeys(weights), tokens[:seen], copy.deepcopy(cache).to("cpu"))
 
-    def longest(self, weights: str, tokens: list[int]) -> xLSTMCache | None:
-        """`find` for the weights of a `fingerprint`: a cache on the CPU that belongs to the caller, or None."""
+    def longest(self, keys: "TextKeys", tokens: list[int]) -> xLSTMCache | None:
+        """`find` for a text whose keys are at hand: a cache on the CPU that belongs to the caller, or None."""
         with self._mutex:
             lengths = sorted(length for length in self._lengths if length < len(tokens))
-            for key in reversed(prefix_keys(weights, tokens, lengths)):
+            for key in reversed(keys.of(tokens, lengths)):
                 cache = self._get(key)
                 if cache is not None:
                     return copy.deepcopy(cache)
         return None
 
-    def add(self, weights: str, tokens: list[int], cache: xLSTMCache) -> None:
-        """`keep` for the weights of a `fingerprint`. The cache is on the CPU, has read exactly `tokens`, and belongs
-        to the store from now on."""
+    def add(self, keys: "TextKeys", tokens: list[int], cache: xLSTMCache) -> None:
+        """`keep` for a text whose keys are at hand. The cache is on the CPU, has read exactly `tokens`, and belongs to
+        the store from now on."""
         if not tokens:
             return
-        (key,) = prefix_keys(weights, tokens, [len(tokens)])
+        (key,) = keys.of(tokens, [len(tokens)])
         with self._mutex:
             self._remember(key, cache)
             if self._directory is not None and key not in self._files:
@@ -266,14 +266,31 @@ def token_list(ids: torch.Tensor | Iterable[int]) -> list[int]:
     return [int(token) for token in ids]
 
 
-def prefix_keys(weights: str, tokens: list[int], lengths: list[int]) -> list[str]:
-    """The keys of the beginnings of a text that have these lengths, in ascending order."""
-    digest, data, keys, done = hashlib.sha256(weights.encode()), memoryview(array("q", tokens)), [], 0
-    for length in lengths:
-        digest.update(data[done:length])
-        keys.append(f"{length}-{digest.hexdigest()}")
-        done = length
-    return keys
+class TextKeys:
+    """The keys of the beginnings of one text, which may grow. What was hashed last is not hashed again: of a long
+    conversation only what is new.
+
+    Args:
+        weights: `fingerprint` of those that read the text.
+    """
+
+    def __init__(self, weights: str):
+        self.weights = weights
+        self._start()
+
+    def _start(self) -> None:
+        self._digest, self._hashed = hashlib.sha256(self.weights.encode()), 0
+
+    def of(self, tokens: list[int], lengths: list[int]) -> list[str]:
+        """The keys of the beginnings of `tokens` that have these lengths, in ascending order."""
+        if lengths and lengths[0] < self._hashed:
+            self._start()
+        keys = []
+        for length in lengths:
+            self._digest.update(array("q", tokens[self._hashed : length]))
+            self._hashed = length
+            keys.append(f"{length}-{self._digest.hexdigest()}")
+        return keys
 
 
 @torch.no_grad()
@@ -291,9 +308,10 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(_checksum(x).cpu().numpy().data)
     for name, module in model.named_modules():
-        if hasattr(module, "active_adapters"):  # of PEFT
-            active = (module.active_adapters, getattr(module, "disable_adapters", None))
-            digest.update(f"{name} {active} {getattr(module, 'scaling', None)}".encode())
+        active = getattr(module, "active_adapters", None)  # of a layer of PEFT; models have a method of that name
+        if active is not None and not callable(active):
+            facts = active, getattr(module, "disable_adapters", None), getattr(module, "scaling", None)
+            digest.update(f"{name} {facts}".encode())
     return digest.hexdigest()
 
 
