@@ -17,6 +17,8 @@ both functions call the layer.
 
 import contextlib
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -45,15 +47,14 @@ LINEAR, LINEAR_FORWARD = F.linear, nn.Linear.forward
 def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     """The outputs of several linear layers for one input: [layer(x) for layer in layers], where it pays as one product
     of their prepacked weights. x (..., D)."""
-    if is_watched(x):
+    packed = None if torch.compiler.is_compiling() else vars(layers[0]).get("packed_weights")
+    if not (packed is not None and packed.is_in_step(x)) and is_watched(x):
         return [layer(x) for layer in layers]
-    packed = vars(layers[0]).get("packed_weights")
-    if packed is not None and packed.in_use:
-        joint = packed.find(x, layers)
-        if joint is not None:
-            y = joint.product(x)
-            return y.split_with_sizes(joint.sizes, dim=-1) if len(layers) > 1 else (y,)
-    return [_linear(x, layer) for layer in layers]
+    joint = packed.find(x, layers) if packed is not None and packed.in_use else None
+    if joint is None:
+        return [_linear(x, layer) for layer in layers]
+    y = joint.product(x)
+    return y.split_with_sizes(joint.sizes, dim=-1) if len(layers) > 1 else (y,)
 
 
 def recompute_linear(function: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -108,14 +109,15 @@ def is_plain(layer: nn.Module, x: torch.Tensor, weight_class: type = nn.Paramete
 
 def _is_bare(layer: nn.Module) -> bool:
     """Whether a call of the layer does what `nn.Linear` does, and nothing else."""
-    own = layer.__dict__
-    return (
-        type(layer) is nn.Linear
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-        and not ("forward" in own or "weight" in own or "bias" in own)
+    own = layer.__dict__  # asked for every layer in every step: attributes of modules are found slowly
+    return type(layer) is nn.Linear and not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "weight" in own
+        or "bias" in own
     )
 
 
@@ -216,23 +218,22 @@ class _RecomputeLinear(torch.autograd.Function):
 
 
 class _Source(NamedTuple):
-    """What a parameter was when it was copied."""
+    """A layer, and its parameters when they were copied. Fields, since a step asks after every layer: no calls."""
 
-    parameter: nn.Parameter
-    version: int
-    address: int
-    checksum: torch.Tensor
+    layer: weakref.ref
+    weight: nn.Parameter
+    weight_version: int
+    weight_address: int
+    bias: nn.Parameter | None
+    bias_version: int = 0
+    bias_address: int = 0
 
     @classmethod
-    def of(cls, parameter: nn.Parameter | None) -> "_Source | None":
-        if parameter is None:
-            return None
-        return cls(parameter, parameter._version, parameter.data_ptr(), _checksum(parameter))
-
-    def is_unchanged(self, parameter: nn.Parameter | None) -> bool:
-        """Whether this is the parameter that was copied, and no operation has written to it since."""
-        copied, version, address, _ = self
-        return parameter is copied and copied._version == version and copied.data_ptr() == address
+    def of(cls, layer: nn.Module) -> "_Source":
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        assert weight is not None
+        of_weight = weakref.ref(layer), weight, weight._version, weight.data_ptr()
+        return cls(*of_weight, None) if bias is None else cls(*of_weight, bias, bias._version, bias.data_ptr())
 
 
 class _JointWeight(NamedTuple):
@@ -243,45 +244,66 @@ class _JointWeight(NamedTuple):
     dtype: torch.dtype  # of the layers; the copy is float32 where that is faster
     for_many: bool  # whether it was made for several rows
     sizes: list[int]  # output features of each layer
-    sources: list[tuple[_Source, _Source | None]]  # weight and bias of each layer
+    sources: list[_Source]
+    checksums: list[torch.Tensor]  # of the parameters; none if the weight is that of the layer and no copy
 
     @classmethod
     @torch.no_grad()
     def of(cls, layers: Sequence[nn.Module], rows: int) -> "_JointWeight":
-        """A copy for products of so many rows: laid out for one, or for several."""
+        """A copy for products of so many rows: laid out for one, or for several. A single row times a single float32
+        matrix gains nothing from one: there it is the weight itself."""
+        dtype = layers[0].weight.dtype
+        is_copied = rows > 1 or len(layers) > 1 or dtype != torch.float32
+        sources, sizes = [_Source.of(layer) for layer in layers], [len(layer.weight) for layer in layers]
+        if not is_copied:
+            return cls(layers[0].weight, layers[0].bias, dtype, False, sizes, sources, [])
         weight, bias = torch.cat([layer.weight for layer in layers]), None
         if any(layer.bias is not None for layer in layers):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
-        sources = [(_Source.of(layer.weight), _Source.of(layer.bias)) for layer in layers]
-        dtype = weight.dtype
         if NO_BFLOAT16 and dtype == torch.bfloat16 and rows > 1:
             weight, bias = weight.float(), None if bias is None else bias.float()
         if _onednn_is_faster(dtype, rows):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return cls(weight, bias, dtype, rows > 1, [len(layer.weight) for layer in layers], sources)
+        joint = cls(weight, bias, dtype, rows > 1, sizes, sources, [])
+        joint.checksums.extend(_checksum(parameter) for parameter in joint.parameters())
+        return joint
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T + bias in the dtype of x."""
         if not self.weight.is_mkldnn:
-            return F.linear(x, self.weight, self.bias)
+            return _product(x, self.weight, self.bias)
         if self.weight.dtype == x.dtype:
             return _onednn(x, self.weight, self.bias)
         return _onednn(x.float(), self.weight, self.bias).to(x.dtype)
 
-    def is_current(self, layers: Sequence[nn.Module], by_content: bool) -> bool:
-        """Whether the layers still are plain and hold what was copied, to which no operation has written since; with
-        `by_content` also, whether the checksums are the same."""
-        for layer, (weight, bias) in zip(layers, self.sources):
-            own = layer._parameters
-            if not (_is_bare(layer) and weight.is_unchanged(own.get("weight"))):
+    @property
+    def nbytes(self) -> int:
+        """Of the copy."""
+        return sum(x.nbytes for x in (self.weight, self.bias) if x is not None) if self.checksums else 0
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What was copied."""
+        return (p for source in self.sources for p in (source.weight, source.bias) if p is not None)
+
+    def is_current(self) -> bool:
+        """Whether the layers still are plain and hold what was copied, to which no operation has written since."""
+        for ref, weight, weight_version, weight_address, bias, bias_version, bias_address in self.sources:
+            layer = ref()
+            if layer is None or not _is_bare(layer):
                 return False
-            if not (own.get("bias") is None if bias is None else bias.is_unchanged(own.get("bias"))):
+            own = layer.__dict__["_parameters"]
+            if own.get("weight") is not weight or own.get("bias") is not bias:
                 return False
-        if by_content:
-            sources = (source for pair in self.sources for source in pair if source is not None)
-            return all(torch.equal(source.checksum, _checksum(source.parameter)) for source in sources)
+            if weight._version != weight_version or weight.data_ptr() != weight_address:
+                return False
+            if bias is not None and (bias._version != bias_version or bias.data_ptr() != bias_address):
+                return False
         return True
+
+    def has_same_content(self) -> bool:
+        """Whether the checksums are those of what was copied."""
+        return all(torch.equal(old, _checksum(p)) for old, p in zip(self.checksums, self.parameters()))
 
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
@@ -311,6 +333,7 @@ class PackedWeights:
         self.checked: set[tuple[int, ...]] = set()  # those compared by checksums since the latest such call began
         self.kept_in_use = False
         self.calls = 0  # of `generate` that are running
+        self.stepping: int | None = None  # the thread that takes a step which nobody watches
 
     def __reduce__(self):  # for copies and pickles
         return PackedWeights, ()
@@ -321,7 +344,7 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for joint in self.joint.values() for x in (joint.weight, joint.bias) if x is not None)
+        return sum(joint.nbytes for joint in self.joint.values())
 
     def find(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> _JointWeight | None:
         """The current copy of the weights of these layers; None where it does not pay, or they must be called."""
@@ -331,8 +354,8 @@ class PackedWeights:
         rows = x.numel() // x.shape[-1]
         if not ONEDNN or not x.is_cpu or x.ndim < 2 or not 0 < rows <= MAX_DECODING_ROWS:
             return None
-        if x.dtype != torch.bfloat16 and (x.dtype != torch.float32 or (rows == 1 and len(layers) == 1)):
-            return None  # a single row times a single float32 matrix gains nothing
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return None
         key, is_step = tuple(map(id, layers)), x.shape[-2] == 1
         joint = self.joint.get(key)
         is_current = joint is not None and joint.dtype == x.dtype
@@ -343,7 +366,7 @@ class PackedWeights:
                 is_current = False
             else:
                 return None
-        if not is_current or not joint.is_current(layers, by_content=key not in self.checked):
+        if not is_current or not joint.is_current() or not (key in self.checked or joint.has_same_content()):
             self.joint.pop(key, None)
             if not is_step:
                 return None  # a prompt: the next step makes a copy, in the layout for its number of rows
@@ -354,6 +377,22 @@ class PackedWeights:
             joint = self.joint[key] = _JointWeight.of(layers, rows)
         self.checked.add(key)
         return joint
+
+    @contextlib.contextmanager
+    def step(self, x: torch.Tensor) -> Iterator[None]:
+        """Around the pass of a model over x (B, 1) or (B, 1, D): whether somebody is watching is looked at once."""
+        if self.stepping is None and self.in_use and not is_watched(x):
+            self.stepping = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.stepping = None
+        else:
+            yield
+
+    def is_in_step(self, x: torch.Tensor) -> bool:
+        """Whether this thread is within `step`; then nobody watches what is done with x."""
+        return self.stepping == threading.get_ident() and type(x) is torch.Tensor
 
     @contextlib.contextmanager
     def during_generate(self) -> Iterator[None]:
@@ -410,6 +449,15 @@ class PackedWeightsMixin:
     def _apply(self, *args, **kwargs):
         self.unpack()
         return super()._apply(*args, **kwargs)
+
+    def _step(self, x: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Around a forward pass over x (B, T) or (B, T, D), which may be a step of decoding."""
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        packed = vars(self).get("packed_weights")
+        if packed is None or x is None or x.ndim < 2 or x.shape[1] != 1:
+            return contextlib.nullcontext()
+        return packed.step(x)
 
     def _attach_packed_weights(self) -> PackedWeights:
         packed = vars(self).get("packed_weights")

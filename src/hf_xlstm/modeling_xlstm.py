@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import xLSTMCache
 from .cells.numerics import gate_dtype, is_readable
 from .configuration_xlstm import xLSTMConfig
+from .decoding import mlstm_block_step
 from .integration import (
     CACHE_NAME,
     CausalLMOutput,
@@ -88,6 +89,11 @@ class xLSTMBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """hidden_states (B, T, D), mask (B, T) bool; returns (B, T, D). Bounds cu_seqlens (N + 1,) are those of the
         flattened batch, and so is then the mask (1, B T)."""
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
+        if layer_cache is not None and mask is None and not torch.compiler.is_compiling():
+            output = mlstm_block_step(self, hidden_states, layer_cache)
+            if output is not None:
+                return output
         if self.layer_type == "mlstm":
             norm, layer = self.norm_mlstm, self.mlstm_layer
         else:
@@ -95,7 +101,6 @@ class xLSTMBlock(GradientCheckpointingLayer):
         if hasattr(layer, "ft_compute_sample_grad"):
             refuse_with_opacus(mask, cu_seqlens)
         x = norm(hidden_states)
-        layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None and layer_cache.record_past:
             layer_cache.record(layer, x, mask)
         if cu_seqlens is not None:
@@ -239,7 +244,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
             cache.prepare(self.config, batch_size)
 
         captures = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        hidden_states = self._run_blocks(inputs_embeds, cache, mask, cu_seqlens, whole=bool(captures))
+        with self._step(inputs_embeds):
+            hidden_states = self._run_blocks(inputs_embeds, cache, mask, cu_seqlens, whole=bool(captures))
         hidden_states = self.out_norm(hidden_states)
         if cache is not None:
             cache.advance(length, hidden_states.device)
@@ -470,17 +476,18 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         cache = one_cache(cache=cache, past_key_values=past_key_values, cache_params=cache_params)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
+        with self._step(inputs_embeds if input_ids is None else input_ids):
+            outputs = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            (logits,) = joint_linear(outputs.last_hidden_state[:, keep], self.lm_head)
         logits = soft_cap(logits.to(gate_dtype(logits.dtype)), self.config.output_logit_soft_cap)
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:

@@ -14,12 +14,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension, computed in float32 and cast back before the weight."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)[0]
+    x32 = _wide(x)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        # PyTorch's own `rms_norm` has no kernel there: it is 8 operations, of which several write a tensor like x
+        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        rstd = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        y = (x32 * rstd).to(x.dtype)
+        return y.mul_(weight) if y.dtype == weight.dtype else y * weight
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    x32 = _wide(x)
-    if x.is_cpu:  # PyTorch has no kernel of its own for it there, and its operations take twice as long as these
-        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return (x32 * rstd).to(x.dtype) * weight
     return F.rms_norm(x32, x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 

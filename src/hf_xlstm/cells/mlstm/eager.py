@@ -15,6 +15,7 @@ Products run in the input dtype (float32 on processors without bfloat16), except
 the normalizer, where they cancel. Gates, states, sums and denominators are float32, or float64 for float64 input.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -558,13 +559,14 @@ def mlstm_step_torch(
         step = functools.partial(mlstm_step_torch, scale=scale, eps=eps)
         return step_in_slots(step, (q, k, v, igate, fgate), state, state_indices)
     c, n, m = state
+    igate = igate.to(m.dtype)
     # float64: next to an m of 1e5, float32 would lose what the forget gate takes away
-    igate, kept = igate.to(m.dtype), log_forget_gate(fgate.to(m.dtype)) + m.detach().double()
+    kept = log_forget_gate(fgate.to(m.dtype)).double() + m.detach()
     m_new = stabilizer(kept, igate)
-    forget = torch.exp((kept - m_new).clamp_max(1).to(m.dtype)).unsqueeze(-1)
-    k = k * torch.exp(igate - m_new).unsqueeze(-1)
+    forget = (kept - m_new).clamp_max_(1).to(m.dtype).exp_().unsqueeze(-1)
+    k = k * (igate - m_new).exp_().unsqueeze(-1)
     if inplace:
-        n.mul_(forget).add_(k)
+        torch.addcmul(k, n, forget, out=n)
         c.mul_(forget.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
         m.copy_(m_new)
     else:
@@ -573,5 +575,6 @@ def mlstm_step_torch(
         m = m_new
     q = q.to(m.dtype) * scale
     denominator = _denominator((q * n).sum(-1), m_new, eps)
-    h = (q.unsqueeze(-2) @ c).squeeze(-2) / denominator.unsqueeze(-1)
-    return h.to(v.dtype), (c, n, m)
+    with without_autocast(q.device) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
+        h = torch.bmm(q.flatten(0, 1).unsqueeze(1), c.flatten(0, 1)).view_as(v)
+    return (h / denominator.unsqueeze(-1)).to(v.dtype), (c, n, m)
