@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from common import MIXED, relative_error, tiny_model
+from hub_server import USER, HubServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
@@ -47,6 +48,7 @@ And the mome raths outgrabe.
 
 """
 SIZE = "--vocab-size 280 --hidden-size 32 --num-layers 2 --num-heads 2 --sequence-length 32 --batch-size 4 --no-bf16"
+slow = pytest.mark.slow
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
 
@@ -125,6 +127,105 @@ def test_data_set_of_the_library(tmp_path, monkeypatch):
     assert list(corpus.train) == [text for text in texts if text not in corpus.heldout]
     with pytest.raises(UserError, match=r"set \(split nothing\)"):
         hub_dataset(str(tmp_path / "set"), None, "nothing", "text")
+
+
+PUSH = """
+import sys
+from huggingface_hub import HfApi
+for folder in sys.argv[1:]:
+    HfApi().create_repo(f"tester/{folder}", repo_type="dataset")
+    HfApi().upload_folder(repo_id=f"tester/{folder}", folder_path=folder, repo_type="dataset")
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with the data sets tester/lines (JSON lines) and tester/columns (Parquet), pushed from these folders."""
+    pytest.importorskip("datasets", reason="needs the packages of '.[data]'")
+    pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+    texts = [f"{i}. größer\n{VERSE}" for i in range(24)]
+    (tmp_path / "lines").mkdir()
+    write(tmp_path / "lines" / "train.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "columns" / "data").mkdir(parents=True)
+    parquet.write_table(
+        pyarrow.table({"text": texts}),
+        tmp_path / "columns" / "data" / "train-00000-of-00001.parquet",
+        row_group_size=8,
+    )
+    with HubServer() as server:
+        client(server, tmp_path, [sys.executable, "-c", PUSH, "lines", "columns"], check=True)
+        yield server
+
+
+def client(hub, folder, command, **options) -> subprocess.CompletedProcess:
+    """Runs a command that has never seen this Hub, and that takes no breath before it tries again."""
+    (folder / "site").mkdir(exist_ok=True)
+    write(folder / "site" / "sitecustomize.py", "import time\ntime.sleep = lambda seconds: None\n")
+    home = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    path = {"PYTHONPATH": os.pathsep.join([str(folder / "site"), *sys.path])}
+    environment = {**os.environ, **hub.environment, **home, **path}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", **options)
+
+
+def train_on(*text: str) -> list[str]:
+    """Two steps that see every token of the data sets in `hub`."""
+    command = [sys.executable, "-m", "hf_xlstm_cli", "train", *text, "--steps", "2", "--trainer", "logging_steps=1"]
+    return [*command, *SIZE.replace("--batch-size 4", "--batch-size 44").split()]
+
+
+def test_streamed_data_set_is_what_its_files_are(hub, tmp_path):
+    sources = {
+        "files": ["--data", "lines/train.jsonl"],
+        "lines": ["--dataset", f"{USER}/lines"],
+        "columns": ["--dataset", f"{USER}/columns"],
+    }
+    for output, source in sources.items():
+        done = client(hub, tmp_path, train_on(*source, "--output", f"run-{output}"))
+        assert done.returncode == 0, done.stderr
+    expected = json.loads((tmp_path / "run-files" / "metrics.json").read_text())
+    assert expected["tokens_seen"] >= expected["train_tokens"]
+    weights = load_file(tmp_path / "run-files" / "model.safetensors")
+    for name in ("lines", "columns"):
+        output = tmp_path / f"run-{name}"
+        metrics = json.loads((output / "metrics.json").read_text())
+        for field in ("train_bytes", "train_tokens", "heldout_bytes", "bits_per_byte"):
+            assert metrics[field] == expected[field]
+        assert losses(output) == losses(tmp_path / "run-files")
+        assert (output / "tokenizer.json").read_bytes() == (tmp_path / "run-files" / "tokenizer.json").read_bytes()
+        streamed = load_file(output / "model.safetensors")
+        assert all(torch.equal(streamed.pop(key), x) for key, x in weights.items()) and not streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "downloads", "expected"),
+    [
+        pytest.param(["lines", "--dataset-config", "xx"], math.inf, "BuilderConfig 'xx' not found", marks=slow),
+        pytest.param(["lines", "--text-field", "body"], math.inf, "no text in the field 'body'", marks=slow),
+        (["nothing"], math.inf, "nothing' doesn't exist on the Hub"),
+        (["lines", "--split", "nothing"], math.inf, "lines (split nothing): Bad split: nothing"),
+        # held-out text, tokenizer and tokens are read one after the other; `datasets` downloads twice for each
+        (["lines"], 0.5, "lines (split train): "),
+        pytest.param(["columns"], 2.5, "columns (split train): ", marks=slow),
+        (["lines"], 4.5, "lines (split train): "),
+    ],
+    ids=["configuration", "field", "data set", "split", "gone at once", "gone for tokenizer", "gone for tokens"],
+)
+def test_what_the_hub_does_not_have_is_one_line(options, downloads, expected, hub, tmp_path):
+    name, *more = options
+    command = train_on("--dataset", f"{USER}/{name}", *more, "--output", "run")
+    if goes_away := downloads < math.inf:
+        hub.dies_after = downloads * sum(map(len, hub.files(f"datasets/{USER}/{name}").values()))
+    done = client(hub, tmp_path, command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("hf-xlstm train: error: ") and expected in last
+    assert not [line for line in before if "error: " in line]
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or path.name == "tokens"]
+    if goes_away:
+        hub.dies_after = math.inf  # it is back
+        assert client(hub, tmp_path, command).returncode == 0
+    else:
+        assert not (tmp_path / "run").exists()
 
 
 def test_every_20th_until_there_are_enough():

@@ -222,11 +222,13 @@ class Streamed:
     def __iter__(self) -> Iterator[str]:
         datasets = need("datasets", "data")
         try:
-            stream = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.name} (split {self.split}): {str(error).splitlines()[0]}") from error
-        for record in stream:
-            yield text_of(record, self.field, f"{self.name}: a record")
+            for record in datasets.load_dataset(self.name, self.config, split=self.split, streaming=True):
+                yield text_of(record, self.field, f"{self.name}: a record")
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind: the Hub, the connection and the files have dozens
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise UserError(f"{self.name} (split {self.split}): {reason}") from error
 
 
 def text_of(record: object, field: str, where: str) -> str:
