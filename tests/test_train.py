@@ -113,6 +113,28 @@ def test_json_lines_and_parquet(tmp_path):
         files([tmp_path / "a.parquet"])
     with pytest.raises(UserError, match=r"c\.parquet is not a Parquet file"):
         files([write(tmp_path / "c.parquet", "PAR")])
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    damaged[4:60] = bytes(56)
+    (tmp_path / "d.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"d\.parquet is not a Parquet file, or damaged"):
+        files([tmp_path / "d.parquet"], field="body")
+
+
+def test_empty_and_unwritable_documents(tmp_path):
+    texts = ["a text", "", ""] * 20
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    corpus = files([path])
+    assert (
+        corpus.heldout == ["a text"] and list(corpus.train).count("") == 38
+    )  # one of the held-out three is not empty
+    empty = write(tmp_path / "b.jsonl", '{"text": ""}\n' * 40)
+    with pytest.raises(UserError, match=r"b\.jsonl: too short to hold some of it out"):
+        files([empty])
+    with pytest.raises(UserError, match=r"b\.jsonl: too short"):
+        files([path], heldout_paths=[empty])
+    half = write(tmp_path / "c.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}')
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2, has no text that UTF-8 can write"):
+        list(Records(half, "text"))
 
 
 def test_data_set_of_the_library(tmp_path, monkeypatch):
@@ -523,6 +545,7 @@ BAD = {
     "shards": (["--data", "ok.txt", "--trainer", "fsdp=true"], "shared by several processes that have a GPU each"),
     "no split": (["--data", "ok.txt", "--dataset", "x"], "exclude each other"),
     "reporter": (["--data", "ok.txt", "--report-to", "nobody"], "nobody"),
+    "no text": (["--data", "blank.jsonl", "--heldout", "ok.txt"], "there is no text to train on"),
 }
 
 
@@ -532,6 +555,7 @@ def test_bad_input_is_named_before_work_starts(case, script, tmp_path, monkeypat
     write(tmp_path / "ok.txt", VERSE * 40)
     write(tmp_path / "short.txt", "short")
     write(tmp_path / "empty.txt", "")
+    write(tmp_path / "blank.jsonl", '{"text": ""}\n' * 40)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' * 50)
     arguments, expected = BAD[case]

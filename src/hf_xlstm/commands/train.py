@@ -91,11 +91,12 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def measure_yardsticks(corpus: Corpus) -> dict[str, float]:
-    """Held-out bits per byte of models that need no training time."""
+def measure_yardsticks(corpus: Corpus, nbytes: int) -> dict[str, float]:
+    """Held-out bits per byte of models that need no training time, `nbytes` being the size of the training text, which
+    files of Parquet do not tell."""
     heldout_bytes = [text.encode() for text in corpus.heldout]
     text = b"".join(heldout_bytes)
-    if corpus.nbytes is None or corpus.nbytes > YARDSTICK_BYTES:
+    if corpus.nbytes is None or nbytes > YARDSTICK_BYTES:  # a stream is not read once more
         return {"lzma": lzma_bits_per_byte(text)}
     train_bytes = ["".join(pieces(document)).encode() for document in corpus.train]
     primer = b"".join(train_bytes)
@@ -114,9 +115,11 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     return state_of_the_union()
 
 
-def prepare(args: argparse.Namespace, corpus: Corpus, work: Path) -> tuple[PreTrainedTokenizerBase, dict[str, float]]:
+def prepare(
+    args: argparse.Namespace, corpus: Corpus, work: Path
+) -> tuple[PreTrainedTokenizerBase, Tokens, dict[str, float]]:
     """The tokenizer, the tokens and the yardsticks in `work`: made by the first process that comes, then found."""
-    folder, tokens, measured = work / "tokenizer", work / "tokens", work / "yardsticks.json"
+    folder, stream, measured = work / "tokenizer", work / "tokens", work / "yardsticks.json"
     if not folder.exists():
         if args.tokenizer or args.model:
             tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -126,11 +129,12 @@ def prepare(args: argparse.Namespace, corpus: Corpus, work: Path) -> tuple[PreTr
         with appearing(folder) as partial_folder:
             tokenizer.save_pretrained(partial_folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokens.exists():
-        tokenise(corpus.train, tokenizer, tokens, corpus.nbytes)
+    if not stream.exists():
+        tokenise(corpus.train, tokenizer, stream, corpus.nbytes)
+    tokens = Tokens(stream)
     if not measured.exists():
-        write_text(measured, json.dumps(measure_yardsticks(corpus)))
-    return tokenizer, json.loads(measured.read_text(encoding="utf-8"))
+        write_text(measured, json.dumps(measure_yardsticks(corpus, tokens.nbytes)))
+    return tokenizer, tokens, json.loads(measured.read_text(encoding="utf-8"))
 
 
 def configuration(args: argparse.Namespace, arguments: TrainingArguments) -> dict:
@@ -312,8 +316,7 @@ def run(args: argparse.Namespace) -> int:
                 if not stack.enter_context(locked(work)):
                     raise UserError(f"{args.output}: another process is training there")
                 start_work(work, wanted)
-            tokenizer, yardsticks = prepare(args, corpus, work)
-            tokens = Tokens(work / "tokens")
+            tokenizer, tokens, yardsticks = prepare(args, corpus, work)
         return train(args, arguments, corpus, tokenizer, tokens, yardsticks, tokens_per_step)
 
 
