@@ -697,3 +697,10 @@ def test_two_processes_train_and_go_on(data, tmp_path):
     assert process.returncode != 0 and not (cut / "config.json").exists()
     subprocess.run([*command_line, "--output", cut], check=True, env=environment)
     assert losses(cut) == losses(whole) and len(losses(cut)) == 6
+    # what the first process is refused, the second one does not begin either
+    complete = contents(cut)
+    again = subprocess.run(
+        [*command_line, "--seed", "1", "--output", cut], env=environment, capture_output=True, text=True
+    )
+    assert again.returncode != 0 and again.stderr.count("has another run (seed 0 instead of 1)") == 1
+    assert contents(cut) == complete and not (cut / "checkpoints").exists()

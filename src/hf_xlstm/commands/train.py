@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -224,6 +225,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "save_strategy": "no",  # `Run` says when
         "save_total_limit": 2,
         "report_to": args.report_to,
+        "ddp_find_unused_parameters": False,  # there are none, and DDP would look for them in every step
         "ddp_timeout": 24 * 3600,  # the other processes wait while the first one tokenises
         "seed": args.seed,
     }
@@ -310,14 +312,20 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         set_seed(args.seed)
         corpus = read_corpus(args)
-        with arguments.main_process_first(local=False):
+        ready = [False]
+        try:
             if first:
                 claim_output(args, wanted)
                 if not stack.enter_context(locked(work)):
                     raise UserError(f"{args.output}: another process is training there")
                 start_work(work, wanted)
-            tokenizer, tokens, yardsticks = prepare(args, corpus, work)
-        return train(args, arguments, corpus, tokenizer, tokens, yardsticks, tokens_per_step)
+                prepare(args, corpus, work)
+                ready = [True]
+        finally:
+            broadcast_object_list(ready)  # the others wait here
+        if not ready[0]:
+            return 2  # the first process says why
+        return train(args, arguments, corpus, *prepare(args, corpus, work), tokens_per_step)
 
 
 def train(
