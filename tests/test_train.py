@@ -546,6 +546,11 @@ BAD = {
     "no split": (["--data", "ok.txt", "--dataset", "x"], "exclude each other"),
     "reporter": (["--data", "ok.txt", "--report-to", "nobody"], "nobody"),
     "no text": (["--data", "blank.jsonl", "--heldout", "ok.txt"], "there is no text to train on"),
+    "epochs": (["--data", "ok.txt", "--trainer", "num_train_epochs=2"], "give --steps or --tokens instead"),
+    "warm-up": (["--data", "ok.txt", "--trainer", "warmup_steps=2"], "warmup_steps needs lr_scheduler_type"),
+    "clock": (["--data", "ok.txt", "--minutes", "1", "--trainer", "lr_scheduler_type=linear"], "needs --steps"),
+    "schedule": (["--data", "ok.txt", "--trainer", "lr_scheduler_type=up"], "up is not a valid SchedulerType"),
+    "schedule's end": (["--data", "ok.txt", "--trainer", "lr_scheduler_type=cosine_with_min_lr"], "min_lr"),
 }
 
 
@@ -564,6 +569,27 @@ def test_bad_input_is_named_before_work_starts(case, script, tmp_path, monkeypat
     assert status == 2 and "Traceback" not in message
     assert expected in message.splitlines()[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_published_recipe_is_set_by_fields_of_the_trainer(data, script, tmp_path, monkeypatch):
+    trainers = []
+
+    class Seen(RunTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(train, "RunTrainer", Seen)
+    fields = ["adam_beta1=0.99", "adam_beta2=0.95", "adam_epsilon=1e-5", "max_grad_norm=0.5", "warmup_steps=2"]
+    fields += ["lr_scheduler_type=cosine_with_min_lr", 'lr_scheduler_kwargs={"min_lr_rate": 0.1}', "logging_steps=1"]
+    options = ["--steps", "4", "--learning-rate", "3e-3", "--trainer", *fields]
+    assert script("--data", data, "--output", tmp_path / "run", *options)[0] == 0
+    (trainer,) = trainers
+    for group in trainer.optimizer.optimizer.param_groups:
+        assert group["betas"] == (0.99, 0.95) and group["eps"] == 1e-5
+    assert trainer.args.max_grad_norm == 0.5
+    (factor,) = set(trainer.lr_scheduler.lr_lambdas)
+    assert [factor(step) for step in (0, 1, 2, 4)] == pytest.approx([0, 0.5, 1, 0.1])
 
 
 def test_nothing_that_is_nan_is_saved(data, script, tmp_path, monkeypatch):

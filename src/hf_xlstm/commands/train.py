@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
@@ -237,6 +238,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         arguments = TrainingArguments(**(options | args.trainer))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # looks whether its package is there
+        if "lr_scheduler_type" in args.trainer:  # looks whether its arguments are there, before hours of text
+            more: dict = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
+            get_scheduler(arguments.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, **more)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--trainer or --report-to: {error}") from error
     if arguments.fsdp and (use_cpu or arguments.world_size == 1):  # Accelerate would copy the model, in silence

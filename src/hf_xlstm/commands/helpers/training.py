@@ -207,7 +207,8 @@ class Run(TrainerCallback):
 
 
 class RunTrainer(Trainer):
-    """Trainer with the schedule of a `Run`, and with states that go on from window to window if `stateful`.
+    """Trainer with the schedule of a `Run`, or its own if `schedule` is None, and with states that go on from window
+    to window if `stateful`.
 
     The first batch item `first` (B,) tells the windows that begin with a zero state.
     """
@@ -217,7 +218,7 @@ class RunTrainer(Trainer):
         model: PreTrainedModel,
         arguments: TrainingArguments,
         run: Run,
-        schedule: str = "cosine",
+        schedule: str | None = "cosine",
         stateful: bool = False,
         **kwargs,
     ):
@@ -227,10 +228,13 @@ class RunTrainer(Trainer):
         run.save_states = self.save_states
 
     def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = self.schedule
+        if schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,  # type: ignore[arg-type]
-                lambda step: self.run.learning_rate_factor(step, self.schedule),
+                lambda step: self.run.learning_rate_factor(step, schedule),
             )
         return self.lr_scheduler
 
