@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from common import MIXED, relative_error, tiny_model
 from hub_server import USER, HubServer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 from hf_xlstm.commands import train
@@ -569,6 +571,67 @@ def test_bad_input_is_named_before_work_starts(case, script, tmp_path, monkeypat
     assert status == 2 and "Traceback" not in message
     assert expected in message.splitlines()[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_reporter_that_is_missing_is_named_first(name, data, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.integration_utils, f"is_{name}_available", lambda: False)
+    monkeypatch.setattr(train, "read_corpus", None)
+    status, message = script("--data", data, "--output", tmp_path / "run", "--steps", "1", "--report-to", name)
+    assert status == 2 and f"pip install {name}" in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_reporter_that_refuses_is_one_line(data, script, tmp_path, monkeypatch):
+    class Refusal(Exception):
+        __module__ = "wandb.errors"
+
+    def refuse(*args, **kwargs):
+        raise Refusal("No API key")
+
+    callback = type("Callback", (TrainerCallback,), {"on_train_begin": refuse})
+    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", callback)
+    command = ["--data", data, "--output", tmp_path / "run", "--steps", "1", "--report-to", "wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=refuse))
+    status, message = script(*command)
+    assert status == 2 and message.splitlines() == ["train: error: --report-to: No API key"]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda: True))
+    status, message = script(*command)
+    assert status == 2 and message.splitlines()[-1] == "train: error: --report-to wandb: No API key"
+
+
+def test_reporters_get_the_curves(data, script, tmp_path, monkeypatch):
+    logged = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logged.append({"step": state.global_step, **logs})
+
+    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "mine", Reporter)
+    output = tmp_path / "run"
+    options = ["--steps", "4", "--evaluations", "4", "--trainer", "logging_steps=1", "--report-to", "mine"]
+    assert script("--data", data, "--output", output, *options)[0] == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    heldout = [(logs["step"], logs["eval_bits_per_byte"]) for logs in logged if "eval_bits_per_byte" in logs]
+    assert heldout == list(enumerate(bits for _, bits in metrics["heldout_curve"])) and len(heldout) == 5
+    steps = [(logs["step"], logs["learning_rate"]) for logs in logged if "loss" in logs]
+    assert [step for step, _ in steps] == [1, 2, 3, 4] and all(rate >= 0 for _, rate in steps)
+
+
+def test_tensorboard_shows_the_curves(data, script, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="shows the curves of --report-to tensorboard")
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    output = tmp_path / "run"
+    options = ["--steps", "4", "--trainer", "logging_steps=1", "--report-to", "tensorboard"]
+    assert script("--data", data, "--output", output, *options)[0] == 0
+    shown = events.EventAccumulator(str(output / "tensorboard")).Reload()
+    metrics = json.loads((output / "metrics.json").read_text())
+    curve = [event.value for event in shown.Scalars("eval/bits_per_byte")]
+    assert curve == pytest.approx([bits for _, bits in metrics["heldout_curve"]])
+    for name in ("train/loss", "train/learning_rate"):
+        assert [event.step for event in shown.Scalars(name)] == [1, 2, 3, 4]
 
 
 def test_published_recipe_is_set_by_fields_of_the_trainer(data, script, tmp_path, monkeypatch):

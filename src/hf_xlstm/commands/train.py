@@ -1,6 +1,7 @@
 """Trains a language model, from the options to the results; `hf_xlstm_cli.train` reads the options."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -204,6 +205,21 @@ def start_work(work: Path, wanted: dict) -> None:
     write_text(found, json.dumps(wanted, indent=1))
 
 
+def check_reporters(arguments: TrainingArguments) -> None:
+    """Raises UserError for a reporter that Transformers does not know, whose package is not there, or that has no key:
+    wandb would ask for it after the text has been read."""
+    reporters = arguments.report_to or []
+    try:
+        for callback in get_reporting_integration_callbacks(reporters):
+            callback()
+        if "wandb" in reporters and arguments.process_index == 0:
+            importlib.import_module("wandb").login()
+    except Exception as error:  # of whatever kind: a reporter has its own
+        # of all messages that of TensorBoard alone does not say it
+        install = " Run `pip install tensorboard`." if "TensorBoard" in str(error) else ""
+        raise UserError(f"--report-to: {error}{install}") from error
+
+
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     use_cpu = not torch.accelerator.is_available()
     options = {
@@ -232,17 +248,16 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     }
     if args.gradient_checkpointing:
         options["gradient_checkpointing"] = True
-    if "tensorboard" in args.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output / "tensorboard"))
     try:
         arguments = TrainingArguments(**(options | args.trainer))
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # looks whether its package is there
         if "lr_scheduler_type" in args.trainer:  # looks whether its arguments are there, before hours of text
             more: dict = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
             get_scheduler(arguments.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, **more)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"--trainer or --report-to: {error}") from error
+        raise UserError(f"--trainer: {error}") from error
+    if "tensorboard" in (arguments.report_to or []):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output / "tensorboard"))
+    check_reporters(arguments)
     if arguments.fsdp and (use_cpu or arguments.world_size == 1):  # Accelerate would copy the model, in silence
         raise UserError("--trainer fsdp: a model is shared by several processes that have a GPU each")
     return arguments
@@ -385,6 +400,11 @@ def train(
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             raise UserError(f"{work}: cannot write a checkpoint: {error}") from error
+        except Exception as error:
+            package = type(error).__module__.partition(".")[0]
+            if package not in (arguments.report_to or []):
+                raise
+            raise UserError(f"--report-to {package}: {error}") from error
         finally:
             control.close()
     steps = progress.steps

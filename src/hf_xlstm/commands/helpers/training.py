@@ -99,6 +99,7 @@ class Run(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self.clock = clock
         self.save_states: Callable[[Path], None] = lambda folder: None
+        self.report: Callable[[float], None] = lambda bits: None
         self.signal = 0  # the one that ended the training
         self._received = 0
         self._began = self._before = self._saved = 0.0
@@ -110,7 +111,7 @@ class Run(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not self.progress.heldout_curve:
-            self.progress.heldout_curve.append((0.0, self.evaluate(model)))
+            self._evaluate(model)
         self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         self._began, self._before, self._first_step = self.clock(), self.progress.seconds, state.global_step
         self._saved = self.progress.seconds if state.global_step else -math.inf
@@ -143,7 +144,7 @@ class Run(TrainerCallback):
         if not self.signal:
             done = self.budget.done(seconds, state.global_step)
             if over or done >= len(self.progress.heldout_curve) / self.evaluations:
-                self.progress.heldout_curve.append((seconds / 60, self.evaluate(kwargs["model"])))
+                self._evaluate(kwargs["model"])
             if not self._foretold and self.budget.seconds is not None and done >= FORETELL:
                 self._foretold = True
                 if state.global_step < FEW_STEPS * done and state.is_world_process_zero:
@@ -175,6 +176,11 @@ class Run(TrainerCallback):
         """Ends the training after this step; a second signal ends the process at once."""
         self._received = number
         self.close()
+
+    def _evaluate(self, model) -> None:
+        bits = self.evaluate(model)
+        self.progress.heldout_curve.append((self.progress.seconds / 60, bits))
+        self.report(bits)
 
     @staticmethod
     def _agree(seconds: float, received: int) -> tuple[float, int]:
@@ -225,7 +231,7 @@ class RunTrainer(Trainer):
         super().__init__(model, arguments, callbacks=[run], **kwargs)
         self.run, self.schedule, self.stateful = run, schedule, stateful
         self.states: xLSTMCache | None = None
-        run.save_states = self.save_states
+        run.save_states, run.report = self.save_states, self.report
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         schedule = self.schedule
@@ -251,6 +257,12 @@ class RunTrainer(Trainer):
         )
         self.states = outputs.cache
         return (loss, outputs) if return_outputs else loss
+
+    def report(self, bits: float) -> None:
+        """Sends held-out bits per byte to the reporters."""
+        due = self.control.should_log
+        self.log({"eval_bits_per_byte": bits})
+        self.control.should_log = due  # the loss of this step, which any log takes for logged
 
     def save_states(self, checkpoint: Path) -> None:
         if self.states is not None:
