@@ -246,8 +246,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "ddp_timeout": 24 * 3600,  # the other processes wait while the first one tokenises
         "seed": args.seed,
     }
-    if args.gradient_checkpointing:
-        options["gradient_checkpointing"] = True
+    if args.gradient_checkpointing:  # the new name, where there is one: the old one warns
+        name = "activation_checkpointing"
+        options[name if hasattr(TrainingArguments, name) else "gradient_checkpointing"] = True
     try:
         arguments = TrainingArguments(**(options | args.trainer))
         if "lr_scheduler_type" in args.trainer:  # looks whether its arguments are there, before hours of text
