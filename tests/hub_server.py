@@ -1,25 +1,29 @@
-"""A Hugging Face Hub on localhost, in memory: what `huggingface_hub` needs to create, push, list, download and delete.
+"""A Hugging Face Hub on localhost, in memory: what `huggingface_hub` needs to create, push, list, download and delete,
+and `datasets` to stream.
 
     with HubServer() as hub:
         subprocess.run(command, env=os.environ | hub.environment)  # the client reads HF_ENDPOINT when it is imported
 
-A commit maps paths to blobs and a branch names a commit, so that a push becomes visible at once or not at all.
+A commit maps paths to blobs and a branch names a commit, so that a push becomes visible at once or not at all. A
+repository of models has the name user/name here, one of data datasets/user/name.
 """
 
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 USER, TOKEN = "tester", "hf_token_of_the_tester"
 WITHOUT_TOKEN = ("/lfs/", "/api/validate-yaml")  # upload links are signed, as far as the client knows
-LARGE_FILE = re.compile(r"\.(safetensors|bin|pt)$")
-REPOSITORY = r"(?P<repository>[\w.-]+/[\w.-]+)"
+LARGE_FILE = re.compile(r"\.(safetensors|bin|pt|parquet)$")
+REPOSITORY = r"(?P<repository>(?:datasets/)?[\w.-]+/[\w.-]+)"
 
 
 class HubError(Exception):
@@ -55,6 +59,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}  # by SHA-256
         self.before_upload: Callable[[], None] = lambda: None  # called when a large file is about to arrive
+        self.dies_after: float = math.inf  # bytes of content, in the middle of an answer if need be
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.environment = {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
@@ -90,6 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass  # the tests' output is enough
 
     def _answer(self):
+        if self.hub.dies_after <= 0:
+            self.close_connection = True
+            return None
         body = self._read_body()
         path = urlsplit(self.path).path
         method = "GET" if self.command == "HEAD" else self.command
@@ -129,6 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _send_content(self, content: bytes, status: int, headers: dict[str, str]):
+        """Sends a part of a file, or what of it the hub lives to send."""
+        if self.command == "HEAD" or len(content) <= self.hub.dies_after:
+            self.hub.dies_after -= len(content) if self.command == "GET" else 0
+            return self._send(content, status, headers)
+        self._send(content[: int(self.hub.dies_after)], status, {**headers, "Content-Length": str(len(content))})
+        self.hub.dies_after, self.close_connection = 0, True
+
     def _send_json(self, content, status: int = 200, headers: dict[str, str] | None = None):
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
@@ -156,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository_name(self, body: bytes) -> str:
         fields = json.loads(body)
-        return f"{fields.get('organization') or USER}/{fields['name']}"
+        kind = "datasets/" if fields.get("type") == "dataset" else ""
+        return f"{kind}{fields.get('organization') or USER}/{fields['name']}"
 
     def create_branch(self, body, repository, branch):
         stored = self.hub.find(repository)
@@ -167,11 +184,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     # reading
 
-    def model_info(self, body, repository, revision="main"):
+    def info(self, body, repository, revision="main"):
         stored = self.hub.find(repository)
         commit_id = stored.resolve(revision)
         siblings = [{"rfilename": path} for path in stored.commits[commit_id]]
-        self._send_json({"id": repository, "sha": commit_id, "private": False, "tags": [], "siblings": siblings})
+        name = repository.removeprefix("datasets/")
+        self._send_json({"id": name, "sha": commit_id, "private": False, "tags": [], "siblings": siblings})
 
     def refs(self, body, repository):
         branches = self.hub.find(repository).branches
@@ -179,13 +197,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"branches": listed, "converts": [], "tags": []})
 
     def tree(self, body, repository, revision, folder):
-        stored = self.hub.find(repository)
-        files = {p: b for p, b in stored.commits[stored.resolve(revision)].items() if p.startswith(folder)}
-        if folder and not files:
+        entries = self._entries(repository, revision)
+        prefix = f"{folder}/" if folder else ""
+        if folder and folder not in entries:
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        self._send_json(
-            [{"type": "file", "path": p, "oid": b, "size": len(self.hub.blobs[b])} for p, b in files.items()]
-        )
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"]) == ["true"]
+        inside = {path: entry for path, entry in entries.items() if path.startswith(prefix)}
+        self._send_json([e for path, e in inside.items() if recursive or "/" not in path[len(prefix) :]])
+
+    def paths_info(self, body, repository, revision):
+        entries = self._entries(repository, revision)
+        self._send_json([entries[path] for path in parse_qs(body.decode())["paths"] if path in entries])
+
+    def _entries(self, repository: str, revision: str) -> dict[str, dict]:
+        """The files and folders of a commit, by their paths."""
+        stored = self.hub.find(repository)
+        files = stored.commits[stored.resolve(revision)]
+        folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
+        return {path: {"type": "directory", "path": path, "oid": path} for path in sorted(folders)} | {
+            path: {"type": "file", "path": path, "oid": blob, "size": len(self.hub.blobs[blob])}
+            for path, blob in files.items()
+        }
 
     def resolve_file(self, body, repository, revision, path):
         stored = self.hub.find(repository)
@@ -197,9 +229,11 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{blob}"', "X-Repo-Commit": commit_id, "Accept-Ranges": "bytes"}
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
+            if first >= len(content):
+                raise HubError(416, "Range not satisfiable")
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            return self._send(content[first : last + 1], 206, headers)
-        self._send(content, 200, headers)
+            return self._send_content(content[first : last + 1], 206, headers)
+        self._send_content(content, 200, headers)
 
     # writing
 
@@ -253,19 +287,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"success": True, "commitOid": commit_id, "commitUrl": url})
 
 
-MODEL = rf"/api/models/{REPOSITORY}"
+API = rf"/api/(?:models/|(?=datasets/)){REPOSITORY}"
 ROUTES = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/repos/create", _Handler.create_repository),
     ("DELETE", "/api/repos/delete", _Handler.delete_repository),
-    ("GET", MODEL, _Handler.model_info),
-    ("GET", rf"{MODEL}/revision/(?P<revision>[^/]+)", _Handler.model_info),
-    ("GET", rf"{MODEL}/refs", _Handler.refs),
-    ("GET", rf"{MODEL}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", _Handler.tree),
-    ("POST", rf"{MODEL}/branch/(?P<branch>[^/]+)", _Handler.create_branch),
-    ("POST", rf"{MODEL}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
-    ("POST", rf"{MODEL}/commit/(?P<revision>[^/]+)", _Handler.commit),
+    ("GET", API, _Handler.info),
+    ("GET", rf"{API}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", rf"{API}/refs", _Handler.refs),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", _Handler.tree),
+    ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
+    ("POST", rf"{API}/branch/(?P<branch>[^/]+)", _Handler.create_branch),
+    ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", rf"{API}/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("POST", rf"/{REPOSITORY}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<blob>[0-9a-f]{64})", _Handler.lfs_upload),
     ("GET", rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve_file),

@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from common import MIXED, relative_error, tiny_model
+from hub_server import USER, HubServer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
 from hf_xlstm.commands import train
@@ -47,6 +50,7 @@ And the mome raths outgrabe.
 
 """
 SIZE = "--vocab-size 280 --hidden-size 32 --num-layers 2 --num-heads 2 --sequence-length 32 --batch-size 4 --no-bf16"
+slow = pytest.mark.slow
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
 
@@ -111,6 +115,28 @@ def test_json_lines_and_parquet(tmp_path):
         files([tmp_path / "a.parquet"])
     with pytest.raises(UserError, match=r"c\.parquet is not a Parquet file"):
         files([write(tmp_path / "c.parquet", "PAR")])
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    damaged[4:60] = bytes(56)
+    (tmp_path / "d.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"d\.parquet is not a Parquet file, or damaged"):
+        files([tmp_path / "d.parquet"], field="body")
+
+
+def test_empty_and_unwritable_documents(tmp_path):
+    texts = ["a text", "", ""] * 20
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    corpus = files([path])
+    assert (
+        corpus.heldout == ["a text"] and list(corpus.train).count("") == 38
+    )  # one of the held-out three is not empty
+    empty = write(tmp_path / "b.jsonl", '{"text": ""}\n' * 40)
+    with pytest.raises(UserError, match=r"b\.jsonl: too short to hold some of it out"):
+        files([empty])
+    with pytest.raises(UserError, match=r"b\.jsonl: too short"):
+        files([path], heldout_paths=[empty])
+    half = write(tmp_path / "c.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}')
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2, has no text that UTF-8 can write"):
+        list(Records(half, "text"))
 
 
 def test_data_set_of_the_library(tmp_path, monkeypatch):
@@ -125,6 +151,105 @@ def test_data_set_of_the_library(tmp_path, monkeypatch):
     assert list(corpus.train) == [text for text in texts if text not in corpus.heldout]
     with pytest.raises(UserError, match=r"set \(split nothing\)"):
         hub_dataset(str(tmp_path / "set"), None, "nothing", "text")
+
+
+PUSH = """
+import sys
+from huggingface_hub import HfApi
+for folder in sys.argv[1:]:
+    HfApi().create_repo(f"tester/{folder}", repo_type="dataset")
+    HfApi().upload_folder(repo_id=f"tester/{folder}", folder_path=folder, repo_type="dataset")
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with the data sets tester/lines (JSON lines) and tester/columns (Parquet), pushed from these folders."""
+    pytest.importorskip("datasets", reason="needs the packages of '.[data]'")
+    pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+    texts = [f"{i}. größer\n{VERSE}" for i in range(24)]
+    (tmp_path / "lines").mkdir()
+    write(tmp_path / "lines" / "train.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "columns" / "data").mkdir(parents=True)
+    parquet.write_table(
+        pyarrow.table({"text": texts}),
+        tmp_path / "columns" / "data" / "train-00000-of-00001.parquet",
+        row_group_size=8,
+    )
+    with HubServer() as server:
+        client(server, tmp_path, [sys.executable, "-c", PUSH, "lines", "columns"], check=True)
+        yield server
+
+
+def client(hub, folder, command, **options) -> subprocess.CompletedProcess:
+    """Runs a command that has never seen this Hub, and that takes no breath before it tries again."""
+    (folder / "site").mkdir(exist_ok=True)
+    write(folder / "site" / "sitecustomize.py", "import time\ntime.sleep = lambda seconds: None\n")
+    home = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    path = {"PYTHONPATH": os.pathsep.join([str(folder / "site"), *sys.path])}
+    environment = {**os.environ, **hub.environment, **home, **path}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", **options)
+
+
+def train_on(*text: str) -> list[str]:
+    """Two steps that see every token of the data sets in `hub`."""
+    command = [sys.executable, "-m", "hf_xlstm_cli", "train", *text, "--steps", "2", "--trainer", "logging_steps=1"]
+    return [*command, *SIZE.replace("--batch-size 4", "--batch-size 44").split()]
+
+
+def test_streamed_data_set_is_what_its_files_are(hub, tmp_path):
+    sources = {
+        "files": ["--data", "lines/train.jsonl"],
+        "lines": ["--dataset", f"{USER}/lines"],
+        "columns": ["--dataset", f"{USER}/columns"],
+    }
+    for output, source in sources.items():
+        done = client(hub, tmp_path, train_on(*source, "--output", f"run-{output}"))
+        assert done.returncode == 0, done.stderr
+    expected = json.loads((tmp_path / "run-files" / "metrics.json").read_text())
+    assert expected["tokens_seen"] >= expected["train_tokens"]
+    weights = load_file(tmp_path / "run-files" / "model.safetensors")
+    for name in ("lines", "columns"):
+        output = tmp_path / f"run-{name}"
+        metrics = json.loads((output / "metrics.json").read_text())
+        for field in ("train_bytes", "train_tokens", "heldout_bytes", "bits_per_byte"):
+            assert metrics[field] == expected[field]
+        assert losses(output) == losses(tmp_path / "run-files")
+        assert (output / "tokenizer.json").read_bytes() == (tmp_path / "run-files" / "tokenizer.json").read_bytes()
+        streamed = load_file(output / "model.safetensors")
+        assert all(torch.equal(streamed.pop(key), x) for key, x in weights.items()) and not streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "downloads", "expected"),
+    [
+        pytest.param(["lines", "--dataset-config", "xx"], math.inf, "BuilderConfig 'xx' not found", marks=slow),
+        pytest.param(["lines", "--text-field", "body"], math.inf, "no text in the field 'body'", marks=slow),
+        (["nothing"], math.inf, "nothing' doesn't exist on the Hub"),
+        (["lines", "--split", "nothing"], math.inf, "lines (split nothing): Bad split: nothing"),
+        # held-out text, tokenizer and tokens are read one after the other; `datasets` downloads twice for each
+        (["lines"], 0.5, "lines (split train): "),
+        pytest.param(["columns"], 2.5, "columns (split train): ", marks=slow),
+        (["lines"], 4.5, "lines (split train): "),
+    ],
+    ids=["configuration", "field", "data set", "split", "gone at once", "gone for tokenizer", "gone for tokens"],
+)
+def test_what_the_hub_does_not_have_is_one_line(options, downloads, expected, hub, tmp_path):
+    name, *more = options
+    command = train_on("--dataset", f"{USER}/{name}", *more, "--output", "run")
+    if goes_away := downloads < math.inf:
+        hub.dies_after = downloads * sum(map(len, hub.files(f"datasets/{USER}/{name}").values()))
+    done = client(hub, tmp_path, command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("hf-xlstm train: error: ") and expected in last
+    assert not [line for line in before if "error: " in line]
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or path.name == "tokens"]
+    if goes_away:
+        hub.dies_after = math.inf  # it is back
+        assert client(hub, tmp_path, command).returncode == 0
+    else:
+        assert not (tmp_path / "run").exists()
 
 
 def test_every_20th_until_there_are_enough():
@@ -422,6 +547,12 @@ BAD = {
     "shards": (["--data", "ok.txt", "--trainer", "fsdp=true"], "shared by several processes that have a GPU each"),
     "no split": (["--data", "ok.txt", "--dataset", "x"], "exclude each other"),
     "reporter": (["--data", "ok.txt", "--report-to", "nobody"], "nobody"),
+    "no text": (["--data", "blank.jsonl", "--heldout", "ok.txt"], "there is no text to train on"),
+    "epochs": (["--data", "ok.txt", "--trainer", "num_train_epochs=2"], "give --steps or --tokens instead"),
+    "warm-up": (["--data", "ok.txt", "--trainer", "warmup_steps=2"], "warmup_steps needs lr_scheduler_type"),
+    "clock": (["--data", "ok.txt", "--minutes", "1", "--trainer", "lr_scheduler_type=linear"], "needs --steps"),
+    "schedule": (["--data", "ok.txt", "--trainer", "lr_scheduler_type=up"], "up is not a valid SchedulerType"),
+    "schedule's end": (["--data", "ok.txt", "--trainer", "lr_scheduler_type=cosine_with_min_lr"], "min_lr"),
 }
 
 
@@ -431,6 +562,7 @@ def test_bad_input_is_named_before_work_starts(case, script, tmp_path, monkeypat
     write(tmp_path / "ok.txt", VERSE * 40)
     write(tmp_path / "short.txt", "short")
     write(tmp_path / "empty.txt", "")
+    write(tmp_path / "blank.jsonl", '{"text": ""}\n' * 40)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' * 50)
     arguments, expected = BAD[case]
@@ -439,6 +571,88 @@ def test_bad_input_is_named_before_work_starts(case, script, tmp_path, monkeypat
     assert status == 2 and "Traceback" not in message
     assert expected in message.splitlines()[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_reporter_that_is_missing_is_named_first(name, data, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.integration_utils, f"is_{name}_available", lambda: False)
+    monkeypatch.setattr(train, "read_corpus", None)
+    status, message = script("--data", data, "--output", tmp_path / "run", "--steps", "1", "--report-to", name)
+    assert status == 2 and f"pip install {name}" in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_reporter_that_refuses_is_one_line(data, script, tmp_path, monkeypatch):
+    class Refusal(Exception):
+        __module__ = "wandb.errors"
+
+    def refuse(*args, **kwargs):
+        raise Refusal("No API key")
+
+    callback = type("Callback", (TrainerCallback,), {"on_train_begin": refuse})
+    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", callback)
+    command = ["--data", data, "--output", tmp_path / "run", "--steps", "1", "--report-to", "wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=refuse))
+    status, message = script(*command)
+    assert status == 2 and message.splitlines() == ["train: error: --report-to: No API key"]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda: True))
+    status, message = script(*command)
+    assert status == 2 and message.splitlines()[-1] == "train: error: --report-to wandb: No API key"
+
+
+def test_reporters_get_the_curves(data, script, tmp_path, monkeypatch):
+    logged = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logged.append({"step": state.global_step, **logs})
+
+    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "mine", Reporter)
+    output = tmp_path / "run"
+    options = ["--steps", "4", "--evaluations", "4", "--trainer", "logging_steps=1", "--report-to", "mine"]
+    assert script("--data", data, "--output", output, *options)[0] == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    heldout = [(logs["step"], logs["eval_bits_per_byte"]) for logs in logged if "eval_bits_per_byte" in logs]
+    assert heldout == list(enumerate(bits for _, bits in metrics["heldout_curve"])) and len(heldout) == 5
+    steps = [(logs["step"], logs["learning_rate"]) for logs in logged if "loss" in logs]
+    assert [step for step, _ in steps] == [1, 2, 3, 4] and all(rate >= 0 for _, rate in steps)
+
+
+def test_tensorboard_shows_the_curves(data, script, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="shows the curves of --report-to tensorboard")
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    output = tmp_path / "run"
+    options = ["--steps", "4", "--trainer", "logging_steps=1", "--report-to", "tensorboard"]
+    assert script("--data", data, "--output", output, *options)[0] == 0
+    shown = events.EventAccumulator(str(output / "tensorboard")).Reload()
+    metrics = json.loads((output / "metrics.json").read_text())
+    curve = [event.value for event in shown.Scalars("eval/bits_per_byte")]
+    assert curve == pytest.approx([bits for _, bits in metrics["heldout_curve"]])
+    for name in ("train/loss", "train/learning_rate"):
+        assert [event.step for event in shown.Scalars(name)] == [1, 2, 3, 4]
+
+
+def test_published_recipe_is_set_by_fields_of_the_trainer(data, script, tmp_path, monkeypatch):
+    trainers = []
+
+    class Seen(RunTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(train, "RunTrainer", Seen)
+    fields = ["adam_beta1=0.99", "adam_beta2=0.95", "adam_epsilon=1e-5", "max_grad_norm=0.5", "warmup_steps=2"]
+    fields += ["lr_scheduler_type=cosine_with_min_lr", 'lr_scheduler_kwargs={"min_lr_rate": 0.1}', "logging_steps=1"]
+    options = ["--steps", "4", "--learning-rate", "3e-3", "--trainer", *fields]
+    assert script("--data", data, "--output", tmp_path / "run", *options)[0] == 0
+    (trainer,) = trainers
+    for group in trainer.optimizer.optimizer.param_groups:
+        assert group["betas"] == (0.99, 0.95) and group["eps"] == 1e-5
+    assert trainer.args.max_grad_norm == 0.5
+    (factor,) = set(trainer.lr_scheduler.lr_lambdas)
+    assert [factor(step) for step in (0, 1, 2, 4)] == pytest.approx([0, 0.5, 1, 0.1])
 
 
 def test_nothing_that_is_nan_is_saved(data, script, tmp_path, monkeypatch):
@@ -572,3 +786,10 @@ def test_two_processes_train_and_go_on(data, tmp_path):
     assert process.returncode != 0 and not (cut / "config.json").exists()
     subprocess.run([*command_line, "--output", cut], check=True, env=environment)
     assert losses(cut) == losses(whole) and len(losses(cut)) == 6
+    # what the first process is refused, the second one does not begin either
+    complete = contents(cut)
+    again = subprocess.run(
+        [*command_line, "--seed", "1", "--output", cut], env=environment, capture_output=True, text=True
+    )
+    assert again.returncode != 0 and again.stderr.count("has another run (seed 0 instead of 1)") == 1
+    assert contents(cut) == complete and not (cut / "checkpoints").exists()

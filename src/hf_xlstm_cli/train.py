@@ -22,6 +22,14 @@ from .presets import DEFAULT, SCHEDULES, SIZES, slstm_positions
 
 
 LEAST_VOCAB_SIZE = 256 + 3
+# fields of TrainingArguments that options here decide, and the length, the batch and the places that depend on them
+DECIDED = {
+    "output_dir": "--output",
+    "max_steps": "--steps",
+    "num_train_epochs": "--steps or --tokens",
+    "per_device_train_batch_size": "--batch-size",
+    "report_to": "--report-to",
+}
 
 
 def trainer_option(text: str) -> tuple[str, object]:
@@ -77,9 +85,7 @@ def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--batch-size", type=positive_int, default=8, metavar="N", help="windows per device (%(default)s)"
     )
     run.add_argument("--learning-rate", type=positive, metavar="X", help=f"at its peak ({DEFAULT.learning_rate})")
-    run.add_argument(
-        "--schedule", choices=SCHEDULES, default="cosine", help="or wsd, warmup-stable-decay (%(default)s)"
-    )
+    run.add_argument("--schedule", choices=SCHEDULES, help=f"or wsd, warmup-stable-decay ({SCHEDULES[0]})")
     run.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of the matrices (%(default)s)")
     run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (where it is faster)")
     run.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
@@ -133,6 +139,15 @@ def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     args.trainer = dict(args.trainer)
     if args.minutes is args.steps is args.tokens is None:
         args.minutes = 3.0
+    for name in args.trainer.keys() & DECIDED.keys():
+        parser.error(f"--trainer {name}: give {DECIDED[name]} instead")
+    if "lr_scheduler_type" in args.trainer:
+        if args.schedule or args.minutes:
+            parser.error("--trainer lr_scheduler_type takes the place of --schedule, and needs --steps or --tokens")
+    else:
+        for name in args.trainer.keys() & {"warmup_steps", "warmup_ratio", "lr_scheduler_kwargs"}:
+            parser.error(f"--trainer {name} needs lr_scheduler_type: --schedule has a warm-up of its own")
+        args.schedule = args.schedule or SCHEDULES[0]
     if args.checkpoint_minutes is None:
         args.checkpoint_minutes = min(10.0, (args.minutes or math.inf) / 10)
     return args

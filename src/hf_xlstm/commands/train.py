@@ -1,6 +1,7 @@
 """Trains a language model, from the options to the results; `hf_xlstm_cli.train` reads the options."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from hf_xlstm import xLSTMConfig, xLSTMForCausalLM
@@ -91,11 +94,12 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def measure_yardsticks(corpus: Corpus) -> dict[str, float]:
-    """Held-out bits per byte of models that need no training time."""
+def measure_yardsticks(corpus: Corpus, nbytes: int) -> dict[str, float]:
+    """Held-out bits per byte of models that need no training time, `nbytes` being the size of the training text, which
+    files of Parquet do not tell."""
     heldout_bytes = [text.encode() for text in corpus.heldout]
     text = b"".join(heldout_bytes)
-    if corpus.nbytes is None or corpus.nbytes > YARDSTICK_BYTES:
+    if corpus.nbytes is None or nbytes > YARDSTICK_BYTES:  # a stream is not read once more
         return {"lzma": lzma_bits_per_byte(text)}
     train_bytes = ["".join(pieces(document)).encode() for document in corpus.train]
     primer = b"".join(train_bytes)
@@ -114,9 +118,11 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     return state_of_the_union()
 
 
-def prepare(args: argparse.Namespace, corpus: Corpus, work: Path) -> tuple[PreTrainedTokenizerBase, dict[str, float]]:
+def prepare(
+    args: argparse.Namespace, corpus: Corpus, work: Path
+) -> tuple[PreTrainedTokenizerBase, Tokens, dict[str, float]]:
     """The tokenizer, the tokens and the yardsticks in `work`: made by the first process that comes, then found."""
-    folder, tokens, measured = work / "tokenizer", work / "tokens", work / "yardsticks.json"
+    folder, stream, measured = work / "tokenizer", work / "tokens", work / "yardsticks.json"
     if not folder.exists():
         if args.tokenizer or args.model:
             tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -126,11 +132,12 @@ def prepare(args: argparse.Namespace, corpus: Corpus, work: Path) -> tuple[PreTr
         with appearing(folder) as partial_folder:
             tokenizer.save_pretrained(partial_folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokens.exists():
-        tokenise(corpus.train, tokenizer, tokens, corpus.nbytes)
+    if not stream.exists():
+        tokenise(corpus.train, tokenizer, stream, corpus.nbytes)
+    tokens = Tokens(stream)
     if not measured.exists():
-        write_text(measured, json.dumps(measure_yardsticks(corpus)))
-    return tokenizer, json.loads(measured.read_text(encoding="utf-8"))
+        write_text(measured, json.dumps(measure_yardsticks(corpus, tokens.nbytes)))
+    return tokenizer, tokens, json.loads(measured.read_text(encoding="utf-8"))
 
 
 def configuration(args: argparse.Namespace, arguments: TrainingArguments) -> dict:
@@ -198,6 +205,21 @@ def start_work(work: Path, wanted: dict) -> None:
     write_text(found, json.dumps(wanted, indent=1))
 
 
+def check_reporters(arguments: TrainingArguments) -> None:
+    """Raises UserError for a reporter that Transformers does not know, whose package is not there, or that has no key:
+    wandb would ask for it after the text has been read."""
+    reporters = arguments.report_to or []
+    try:
+        for callback in get_reporting_integration_callbacks(reporters):
+            callback()
+        if "wandb" in reporters and arguments.process_index == 0:
+            importlib.import_module("wandb").login()
+    except Exception as error:  # of whatever kind: a reporter has its own
+        # of all messages that of TensorBoard alone does not say it
+        install = " Run `pip install tensorboard`." if "TensorBoard" in str(error) else ""
+        raise UserError(f"--report-to: {error}{install}") from error
+
+
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     use_cpu = not torch.accelerator.is_available()
     options = {
@@ -220,19 +242,23 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "save_strategy": "no",  # `Run` says when
         "save_total_limit": 2,
         "report_to": args.report_to,
+        "ddp_find_unused_parameters": False,  # there are none, and DDP would look for them in every step
         "ddp_timeout": 24 * 3600,  # the other processes wait while the first one tokenises
         "seed": args.seed,
     }
-    if args.gradient_checkpointing:
-        options["gradient_checkpointing"] = True
-    if "tensorboard" in args.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output / "tensorboard"))
+    if args.gradient_checkpointing:  # the new name, where there is one: the old one warns
+        name = "activation_checkpointing"
+        options[name if hasattr(TrainingArguments, name) else "gradient_checkpointing"] = True
     try:
         arguments = TrainingArguments(**(options | args.trainer))
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # looks whether its package is there
+        if "lr_scheduler_type" in args.trainer:  # looks whether its arguments are there, before hours of text
+            more: dict = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
+            get_scheduler(arguments.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, **more)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"--trainer or --report-to: {error}") from error
+        raise UserError(f"--trainer: {error}") from error
+    if "tensorboard" in (arguments.report_to or []):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output / "tensorboard"))
+    check_reporters(arguments)
     if arguments.fsdp and (use_cpu or arguments.world_size == 1):  # Accelerate would copy the model, in silence
         raise UserError("--trainer fsdp: a model is shared by several processes that have a GPU each")
     return arguments
@@ -306,15 +332,20 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         set_seed(args.seed)
         corpus = read_corpus(args)
-        with arguments.main_process_first(local=False):
+        ready = [False]
+        try:
             if first:
                 claim_output(args, wanted)
                 if not stack.enter_context(locked(work)):
                     raise UserError(f"{args.output}: another process is training there")
                 start_work(work, wanted)
-            tokenizer, yardsticks = prepare(args, corpus, work)
-            tokens = Tokens(work / "tokens")
-        return train(args, arguments, corpus, tokenizer, tokens, yardsticks, tokens_per_step)
+                prepare(args, corpus, work)
+                ready = [True]
+        finally:
+            broadcast_object_list(ready)  # the others wait here
+        if not ready[0]:
+            return 2  # the first process says why
+        return train(args, arguments, corpus, *prepare(args, corpus, work), tokens_per_step)
 
 
 def train(
@@ -370,6 +401,11 @@ def train(
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             raise UserError(f"{work}: cannot write a checkpoint: {error}") from error
+        except Exception as error:
+            package = type(error).__module__.partition(".")[0]
+            if package not in (arguments.report_to or []):
+                raise
+            raise UserError(f"--report-to {package}: {error}") from error
         finally:
             control.close()
     steps = progress.steps

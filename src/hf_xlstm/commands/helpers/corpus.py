@@ -131,9 +131,7 @@ def files(
         heldout += [text for _, texts in split for text in texts]
         train = Chain([beginnings, *(rest for rest, _ in split)])
         description = f"{len(paths)} files, {HELDOUT_SHARE:.0%} of each held out, up to {heldout_bytes:,} bytes in all"
-    if not any(heldout):
-        raise UserError(f"{paths[0]}: too short to hold some of it out: give --heldout")
-    return Corpus(description, train, heldout, nbytes)
+    return Corpus(description, train, not_empty(heldout, [*heldout_paths, *paths][0]), nbytes)
 
 
 def hub_dataset(name: str, config: str | None, split: str, field: str, heldout_paths: Sequence[Path] = ()) -> Corpus:
@@ -143,11 +141,18 @@ def hub_dataset(name: str, config: str | None, split: str, field: str, heldout_p
     stream = Streamed(name, config, split, field)
     if heldout_paths:
         heldout = [str(document) for path in heldout_paths for document in documents(path, field)]
-        return Corpus(f"{name} ({split}), {len(heldout_paths)} files held out", stream, heldout)
+        description = f"{name} ({split}), {len(heldout_paths)} files held out"
+        return Corpus(description, stream, not_empty(heldout, heldout_paths[0]))
     rest, heldout = every_20th(stream, HELDOUT_BYTES)
-    if not any(heldout):
-        raise UserError(f"{name}: fewer than 20 records: give --heldout")
-    return Corpus(f"{name} ({split}), every 20th of the first records held out", rest, heldout)
+    return Corpus(f"{name} ({split}), every 20th of the first records held out", rest, not_empty(heldout, name))
+
+
+def not_empty(heldout: list[str], where: str | Path) -> list[str]:
+    """The held-out documents without empty ones, which have no bits per byte."""
+    texts = [text for text in heldout if text]
+    if not texts:
+        raise UserError(f"{where}: too short to hold some of it out: give --heldout with text")
+    return texts
 
 
 def check_file(path: Path) -> None:
@@ -201,13 +206,13 @@ class Records:
         parquet = need("pyarrow.parquet", "data")
         try:
             file = parquet.ParquetFile(self.path)
+            if self.field not in file.schema_arrow.names:
+                raise UserError(f"{self.path} has no field {self.field!r}, only {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
+                for text in batch.column(0).to_pylist():
+                    yield text_of({self.field: text}, self.field, f"{self.path}: a record")
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is not a Parquet file: {error}") from error
-        if self.field not in file.schema_arrow.names:
-            raise UserError(f"{self.path} has no field {self.field!r}, only {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
-            for text in batch.column(0).to_pylist():
-                yield text_of({self.field: text}, self.field, f"{self.path}: a record")
+            raise UserError(f"{self.path} is not a Parquet file, or damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -222,17 +227,23 @@ class Streamed:
     def __iter__(self) -> Iterator[str]:
         datasets = need("datasets", "data")
         try:
-            stream = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.name} (split {self.split}): {str(error).splitlines()[0]}") from error
-        for record in stream:
-            yield text_of(record, self.field, f"{self.name}: a record")
+            for record in datasets.load_dataset(self.name, self.config, split=self.split, streaming=True):
+                yield text_of(record, self.field, f"{self.name}: a record")
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind: the Hub, the connection and the files have dozens
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise UserError(f"{self.name} (split {self.split}): {reason}") from error
 
 
 def text_of(record: object, field: str, where: str) -> str:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where} has no text in the field {field!r}: say which one by --text-field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a character
+        raise UserError(f"{where} has no text that UTF-8 can write: {error}") from error
     return text
 
 

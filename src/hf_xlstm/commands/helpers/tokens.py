@@ -113,7 +113,7 @@ class Tokens:
     def __init__(self, directory: Path):
         facts = json.loads((directory / "tokens.json").read_text(encoding="utf-8"))
         self.nbytes: int = facts["bytes"]  # of the text
-        if facts["tokens"] == 0:
+        if self.nbytes == 0:
             raise UserError("there is no text to train on")
         self.ids = np.memmap(directory / "tokens.bin", dtype=facts["dtype"], mode="r")
         self.starts = np.memmap(directory / "starts.bin", dtype=np.int64, mode="r")

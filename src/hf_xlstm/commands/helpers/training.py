@@ -99,6 +99,7 @@ class Run(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self.clock = clock
         self.save_states: Callable[[Path], None] = lambda folder: None
+        self.report: Callable[[float], None] = lambda bits: None
         self.signal = 0  # the one that ended the training
         self._received = 0
         self._began = self._before = self._saved = 0.0
@@ -110,7 +111,7 @@ class Run(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not self.progress.heldout_curve:
-            self.progress.heldout_curve.append((0.0, self.evaluate(model)))
+            self._evaluate(model)
         self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         self._began, self._before, self._first_step = self.clock(), self.progress.seconds, state.global_step
         self._saved = self.progress.seconds if state.global_step else -math.inf
@@ -143,7 +144,7 @@ class Run(TrainerCallback):
         if not self.signal:
             done = self.budget.done(seconds, state.global_step)
             if over or done >= len(self.progress.heldout_curve) / self.evaluations:
-                self.progress.heldout_curve.append((seconds / 60, self.evaluate(kwargs["model"])))
+                self._evaluate(kwargs["model"])
             if not self._foretold and self.budget.seconds is not None and done >= FORETELL:
                 self._foretold = True
                 if state.global_step < FEW_STEPS * done and state.is_world_process_zero:
@@ -176,6 +177,11 @@ class Run(TrainerCallback):
         self._received = number
         self.close()
 
+    def _evaluate(self, model) -> None:
+        bits = self.evaluate(model)
+        self.progress.heldout_curve.append((self.progress.seconds / 60, bits))
+        self.report(bits)
+
     @staticmethod
     def _agree(seconds: float, received: int) -> tuple[float, int]:
         state = PartialState()
@@ -207,7 +213,8 @@ class Run(TrainerCallback):
 
 
 class RunTrainer(Trainer):
-    """Trainer with the schedule of a `Run`, and with states that go on from window to window if `stateful`.
+    """Trainer with the schedule of a `Run`, or its own if `schedule` is None, and with states that go on from window
+    to window if `stateful`.
 
     The first batch item `first` (B,) tells the windows that begin with a zero state.
     """
@@ -217,20 +224,23 @@ class RunTrainer(Trainer):
         model: PreTrainedModel,
         arguments: TrainingArguments,
         run: Run,
-        schedule: str = "cosine",
+        schedule: str | None = "cosine",
         stateful: bool = False,
         **kwargs,
     ):
         super().__init__(model, arguments, callbacks=[run], **kwargs)
         self.run, self.schedule, self.stateful = run, schedule, stateful
         self.states: xLSTMCache | None = None
-        run.save_states = self.save_states
+        run.save_states, run.report = self.save_states, self.report
 
     def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = self.schedule
+        if schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,  # type: ignore[arg-type]
-                lambda step: self.run.learning_rate_factor(step, self.schedule),
+                lambda step: self.run.learning_rate_factor(step, schedule),
             )
         return self.lr_scheduler
 
@@ -247,6 +257,12 @@ class RunTrainer(Trainer):
         )
         self.states = outputs.cache
         return (loss, outputs) if return_outputs else loss
+
+    def report(self, bits: float) -> None:
+        """Sends held-out bits per byte to the reporters."""
+        due = self.control.should_log
+        self.log({"eval_bits_per_byte": bits})
+        self.control.should_log = due  # the loss of this step, which any log takes for logged
 
     def save_states(self, checkpoint: Path) -> None:
         if self.states is not None:
