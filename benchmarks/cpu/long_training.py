@@ -9,6 +9,7 @@ The first row is the same on an idle and on a busy machine; it takes some 15 min
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package 
 
 from benchmarks.cpu.harness import Measure, main, significant
 from benchmarks.provenance import ROOT, seconds
-from hf_xlstm.commands.helpers.corpus import state_of_the_union
+from hf_xlstm.commands.helpers.corpus import pieces, state_of_the_union
 from hf_xlstm.commands.helpers.tokens import tokenise, train_tokenizer
 
 
@@ -77,13 +78,18 @@ def tokenising(args: argparse.Namespace) -> dict:
 
 
 def checkpoint(options: list[str], args: argparse.Namespace) -> dict:
-    """From runs with a checkpoint after every step, and after the first and the last alone."""
+    """From runs with a checkpoint after every step, and after the first and the last alone, on a little text: what is
+    held out of all of it takes a large model minutes."""
     times, steps = {"often": [], "seldom": []}, 6
+    text = "\n".join(itertools.chain.from_iterable(map(pieces, state_of_the_union().train[:50])))
     for _ in range(args.rounds):
         for way, minutes in (("often", "1e-9"), ("seldom", "1e9")):
             with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "text.txt").write_text(text, encoding="utf-8")
+                Path(folder, "heldout.txt").write_text(text[:2000], encoding="utf-8")
+                data = ["--data", f"{folder}/text.txt", "--heldout", f"{folder}/heldout.txt"]
                 budget = ["--steps", str(steps), "--evaluations", "1", "--checkpoint-minutes", minutes]
-                times[way].append(train(Path(folder) / "run", *budget, *options)["training_seconds"])
+                times[way].append(train(Path(folder) / "run", *data, *budget, *options)["training_seconds"])
     often, seldom = (statistics.median(times[way]) for way in ("often", "seldom"))
     each = (often - seldom) / (steps - 2)
     return {"seconds": significant(each, 3), "part_of_ten_minutes": significant(each / EVERY, 2)}

@@ -230,6 +230,18 @@ def test_autocast_leaves_the_op_alone(backend, dtype):
         assert_exact(make_inputs(B=1, dtype=dtype), backend)
 
 
+@on("torch", "triton", dtypes=(F32,))
+@torch.no_grad()
+def test_autocast_leaves_a_step_alone(backend, dtype):
+    inputs = make_inputs(T=1, dtype=dtype)
+    state = state_for(inputs)
+    h, final = mlstm(*inputs, initial_state=state, output_final_state=True, backend=backend)
+    with torch.autocast(DEVICE, dtype=BF16):
+        actual, actual_final = mlstm(*inputs, initial_state=state, output_final_state=True, backend=backend)
+    assert torch.equal(actual, h)
+    assert all(torch.equal(a, b) for a, b in zip(actual_final, final, strict=True))
+
+
 def rows_of(masking, length):
     """The mask in one row, and another one that is whole."""
     return torch.stack([MASKS[masking](length), torch.ones(length, dtype=torch.bool)]).to(DEVICE)
