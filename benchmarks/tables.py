@@ -1,8 +1,9 @@
 """Writes the results between the two comments that mark their place: the tables into benchmarks/README.md, what they
 come to into README.md.
 
-One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json, and for each GPU,
-from all gpu-*.json. Of a row that several runs on a GPU have, the last one that passed counts.
+One group of tables for each processor, from all files generation-cpu*.json and training-cpu*.json, a table of exported
+and quantised models for each exported-cpu*.json, and tables for each GPU, from all gpu-*.json. Of a row that several
+runs on a GPU have, the last one that passed counts.
 """
 
 import argparse
@@ -26,6 +27,7 @@ MARKED_GPU = re.compile(r"(<!-- GPU results\b[^>]*-->\n).*?(<!-- end of GPU resu
 IMAGE = ROOT / "docs" / "images" / "context-cpu.png"
 SIZES = {"768x8": "768 wide, 8 layers", "512x12": "512 wide, 12 layers", "1024x9": "1,024 wide, 9 layers"}
 COLUMNS = PEERS | {LINEAR_FLOOR: "floor"}
+RUNTIMES = {"eager": "PyTorch", "openvino": "OpenVINO", "onnx": "ONNX Runtime"}
 SPEED, MEMORY = "tokens_per_second", "peak_megabytes"
 LINES = [  # what it is, the file and the row it is in, and the quantity
     ("decode, batch 1", "generation", "decode/{size}/{dtype}/batch-1", SPEED),
@@ -95,22 +97,70 @@ def table(results: dict[str, dict], size: str) -> list[str]:
     return text if lines else []
 
 
+def measured_with(results: dict) -> tuple[str, str]:
+    """The machine and the versions of a result file."""
+    machine, versions = results["machine"], results["versions"]
+    return (
+        f"{machine['threads']} threads of {processor(machine)} ({machine['capability']})",
+        f"torch {versions['torch']}, transformers {versions['transformers']}",
+    )
+
+
 def by_processor(folder: Path) -> dict[tuple[str, ...], dict[str, dict]]:
     """Rows of `generation` and `training` for every machine and set of versions that measured any."""
     groups: dict[tuple[str, ...], dict[str, dict]] = {}
     for file in ("generation", "training"):
         for path in sorted(folder.glob(f"{file}-cpu*.json")):
             results = json.loads(path.read_text())
-            machine, versions = results["machine"], results["versions"]
-            key = (
-                f"{machine['threads']} threads of {processor(machine)} ({machine['capability']})",
-                f"torch {versions['torch']}, transformers {versions['transformers']}",
-            )
-            rows = groups.setdefault(key, {"generation": {}, "training": {}})[file]
+            rows = groups.setdefault(measured_with(results), {"generation": {}, "training": {}})[file]
             if twice := rows.keys() & results["rows"].keys():
                 raise SystemExit(f"{path.name} has rows that another file of that machine has: {min(twice)}.")
             rows |= results["rows"]
     return groups
+
+
+def exported_table(rows: dict[str, dict], size: str) -> list[str]:
+    """A line for each route: tokens per second of hf_xlstm and of Llama, and what a model of hf_xlstm takes."""
+    speeds = {
+        label: rows[name]["peers"]
+        for label, name in (
+            ("decode, batch 1", f"decode/{size}/batch-1"),
+            ("decode, batch 8", f"decode/{size}/batch-8"),
+            ("prefill 2,048", f"prefill/{size}/2048"),
+        )
+        if name in rows
+    }
+    start, loss = rows.get(f"start/{size}", {}).get("peers", {}), rows.get("loss", {}).get("routes", {})
+    header = ["weights, runtime", *(f"{label}: hf_xlstm / Llama" for label in speeds)]
+    header += ["MB of files", "s to start", "MB of memory", "bits per byte lost"]
+    text = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for name in dict.fromkeys(name for peers in speeds.values() for name in peers):
+        peer, _, route = name.partition("+")
+        if peer != HF_XLSTM:
+            continue
+        runtime, weights = route.split("-")
+        cells = [
+            " / ".join(number(x[SPEED]) if (x := peers.get(f"{y}+{route}")) else "–" for y in (HF_XLSTM, "llama"))
+            for peers in speeds.values()
+        ]
+        taken = start.get(name, {})
+        cells += [number(taken["bytes"] / 1e6), f"{taken['start_up_seconds']:.2g}"] if taken else ["", ""]
+        cells += [number(taken[MEMORY]) if MEMORY in taken else ""]
+        cells += [f"{loss[route]['lost']:.2g}" if route in loss else ""]
+        text.append("| " + " | ".join([f"{weights}, {RUNTIMES[runtime]}", *cells]) + " |")
+    return text if speeds else []
+
+
+def exported_text(folder: Path) -> list[str]:
+    text = []
+    for path in sorted(folder.glob("exported-cpu*.json")):
+        results = json.loads(path.read_text())
+        where = ", ".join(measured_with(results))
+        text += [f"Tokens per second of models by other runtimes and with fewer bits, beside Llama: {where}.", ""]
+        for size, title in SIZES.items():
+            if lines := exported_table(results["rows"], size):
+                text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]
+    return text
 
 
 def results_text(folder: Path) -> str:
@@ -124,6 +174,7 @@ def results_text(folder: Path) -> str:
         for size, title in SIZES.items():
             if lines := table(results, size):
                 text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]
+    text += exported_text(folder)
     if IMAGE.exists():
         text += [f"![Time per token and cache against the context](../{IMAGE.relative_to(ROOT).as_posix()})", ""]
     return "\n".join(text)

@@ -222,6 +222,23 @@ def test_tables(monkeypatch, tmp_path):
     assert readme.read_text().startswith("a\n") and readme.read_text().endswith("b\n")
 
 
+def test_table_of_exported_models(tmp_path):
+    peers = {"hf_xlstm+eager-float32": 40.0, "hf_xlstm+onnx-int8": 81.0, "llama+eager-float32": 44.0}
+    peers = {name: {"tokens_per_second": x, "ratio": {}} for name, x in peers.items()}
+    taken = {"start_up_seconds": 1.25, "bytes": 56_000_000, "peak_megabytes": 210}
+    rows = {
+        "decode/512x12/batch-1": {"peers": peers},
+        "start/512x12": {"peers": {"hf_xlstm+onnx-int8": taken}},
+        "loss": {"routes": {"onnx-int8": {"bits_per_byte": 2.201, "lost": 0.0012}}},
+    }
+    file = json.loads(results({"cpu": "AMD EPYC"}, {}))
+    (tmp_path / "exported-cpu.json").write_text(json.dumps(file | {"rows": rows}))
+    *_, header, _, eager, int8, _ = tables.exported_text(tmp_path)
+    assert header.startswith("| weights, runtime | decode, batch 1: hf_xlstm / Llama | MB of files")
+    assert eager == "| float32, PyTorch | 40 / 44 |  |  |  |  |"
+    assert int8 == "| int8, ONNX Runtime | 81 / – | 56 | 1.2 | 210 | 0.0012 |"
+
+
 def test_gpu_tables(monkeypatch, tmp_path):
     """Of a row that two runs have, the later counts, unless it failed; what nothing was measured of is left out."""
     environment = dict.fromkeys(("driver", "torch", "triton", "transformers"), "1") | {"device": "H100"}
