@@ -196,11 +196,35 @@ def headline(folder: Path) -> str:
                 fails = (
                     " (in bfloat16 the other fails)" if any("error" in row.get("in_tree", {}) for row in rows) else ""
                 )
-                span = " to ".join(sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}, key=float))
-                parts.append(f"{HEADLINE[label]} {span} times{fails}")
+                parts.append(f"{HEADLINE[label]} {span(ratios)} times{fails}")
         if parts:
             text.append(f"On {machine}, relative to the xLSTM of Transformers: {', '.join(parts)} as fast.\n")
-    return "".join(text)
+    return "".join(text + exported_headline(folder))
+
+
+def exported_headline(folder: Path) -> list[str]:
+    """A sentence for each processor: one sequence by OpenVINO, relative to PyTorch in float32 and to Llama."""
+    text = []
+    for path in sorted(folder.glob("exported-cpu*.json")):
+        results = json.loads(path.read_text())
+        decode = [row["peers"] for name, row in results["rows"].items() if re.fullmatch("decode/.*/batch-1", name)]
+        parts = []
+        for weights in ("float32", "int8", "int4"):
+            ours = [peers[f"{HF_XLSTM}+openvino-{weights}"]["ratio"] for peers in decode]
+            to_eager, to_llama = (
+                span([ratio[baseline] for ratio in ours])
+                for baseline in (f"{HF_XLSTM}+eager-float32", f"llama+openvino-{weights}")
+            )
+            parts.append(f"{weights} {to_eager} and {to_llama}")
+        text.append(
+            f"On {measured_with(results)[0]}, decoding one sequence by OpenVINO, relative to PyTorch in float32 and "
+            f"to Llama by OpenVINO: {', '.join(parts)} times as fast.\n"
+        )
+    return text
+
+
+def span(ratios: list[float]) -> str:
+    return " to ".join(sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}, key=float))
 
 
 def by_gpu(folder: Path) -> dict[str, dict[str, dict]]:

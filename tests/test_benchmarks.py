@@ -237,6 +237,14 @@ def test_table_of_exported_models(tmp_path):
     assert header.startswith("| weights, runtime | decode, batch 1: hf_xlstm / Llama | MB of files")
     assert eager == "| float32, PyTorch | 40 / 44 |  |  |  |  |"
     assert int8 == "| int8, ONNX Runtime | 81 / – | 56 | 1.2 | 210 | 0.0012 |"
+    baselines = {"hf_xlstm+eager-float32": 2.04}
+    rows["decode/512x12/batch-1"]["peers"] = {
+        f"hf_xlstm+openvino-{weights}": {"ratio": baselines | {f"llama+openvino-{weights}": 1.51}}
+        for weights in ("float32", "int8", "int4")
+    }
+    (tmp_path / "exported-cpu.json").write_text(json.dumps(file | {"rows": rows}))
+    (sentence,) = tables.exported_headline(tmp_path)
+    assert sentence.endswith("float32 2.0 and 1.5, int8 2.0 and 1.5, int4 2.0 and 1.5 times as fast.\n")
 
 
 def test_gpu_tables(monkeypatch, tmp_path):
