@@ -156,7 +156,10 @@ def exported_text(folder: Path) -> list[str]:
     for path in sorted(folder.glob("exported-cpu*.json")):
         results = json.loads(path.read_text())
         where = ", ".join(measured_with(results))
-        text += [f"Tokens per second of models by other runtimes and with fewer bits, beside Llama: {where}.", ""]
+        text += [f"Tokens per second of models by other runtimes and with fewer bits, beside Llama: {where}."]
+        if loss := results["rows"].get("loss"):
+            text[-1] += f" Bits per byte are lost by a trained model, `{loss['model']}`."
+        text.append("")
         for size, title in SIZES.items():
             if lines := exported_table(results["rows"], size):
                 text += [f"**{title}, vocabulary 16,384**", "", *lines, ""]

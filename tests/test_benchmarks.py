@@ -229,11 +229,12 @@ def test_table_of_exported_models(tmp_path):
     rows = {
         "decode/512x12/batch-1": {"peers": peers},
         "start/512x12": {"peers": {"hf_xlstm+onnx-int8": taken}},
-        "loss": {"routes": {"onnx-int8": {"bits_per_byte": 2.201, "lost": 0.0012}}},
+        "loss": {"model": "runs/quickstart", "routes": {"onnx-int8": {"bits_per_byte": 2.201, "lost": 0.0012}}},
     }
     file = json.loads(results({"cpu": "AMD EPYC"}, {}))
     (tmp_path / "exported-cpu.json").write_text(json.dumps(file | {"rows": rows}))
-    *_, header, _, eager, int8, _ = tables.exported_text(tmp_path)
+    title, *_, header, _, eager, int8, _ = tables.exported_text(tmp_path)
+    assert "AMD EPYC" in title and "`runs/quickstart`" in title
     assert header.startswith("| weights, runtime | decode, batch 1: hf_xlstm / Llama | MB of files")
     assert eager == "| float32, PyTorch | 40 / 44 |  |  |  |  |"
     assert int8 == "| int8, ONNX Runtime | 81 / – | 56 | 1.2 | 210 | 0.0012 |"

@@ -207,10 +207,11 @@ def test_results_of_openvino_go_by_all_their_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights, tolerance", [("int8", 0.1), ("int4", 0.7)])
-def test_compressed_weights(runtime, weights, tolerance, tmp_path):
+@pytest.mark.parametrize("stack", ["conv", "mixed"])
+def test_compressed_weights(runtime, stack, weights, tolerance, tmp_path):
     """Rounded, so not exact: at random weights, which are the worst case, but far from unrelated logits."""
     pytest.importorskip("nncf", reason="compressed weights need hf-xlstm[export]")
-    model = tiny_model(**STACKS["conv"])
+    model = tiny_model(**STACKS[stack])
     export_model(model, tmp_path / "exported", runtime, weights)
     exported = xLSTMExportedForCausalLM.from_pretrained(tmp_path / "exported")
     ids, mask = padded(2, 20)

@@ -273,10 +273,14 @@ class OpenVINOProgram:
         import openvino
 
         program = openvino.convert_model(onnx_file)
-        if weights != "float32":
-            program = _compress(program, weights)
-        program.set_rt_info(export_id, _ID)
-        openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            if weights != "float32":
+                # written and read: NNCF stumbles over operations that the conversion has left without a use
+                path = Path(scratch) / "program.xml"
+                openvino.save_model(program, path, compress_to_fp16=False)
+                program = _compress(openvino.Core().read_model(path), weights)
+            program.set_rt_info(export_id, _ID)
+            openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
 
     def __init__(self, path: Path):
         openvino = _need("openvino")
