@@ -211,6 +211,8 @@ def exported_headline(folder: Path) -> list[str]:
     for path in sorted(folder.glob("exported-cpu*.json")):
         results = json.loads(path.read_text())
         decode = [row["peers"] for name, row in results["rows"].items() if re.fullmatch("decode/.*/batch-1", name)]
+        if not decode:
+            continue
         parts = []
         for weights in ("float32", "int8", "int4"):
             ours = [peers[f"{HF_XLSTM}+openvino-{weights}"]["ratio"] for peers in decode]

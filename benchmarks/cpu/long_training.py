@@ -9,7 +9,6 @@ The first row is the same on an idle and on a busy machine; it takes some 15 min
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package 
 
 from benchmarks.cpu.harness import Measure, main, significant
 from benchmarks.provenance import ROOT, seconds
-from hf_xlstm.commands.helpers.corpus import pieces, state_of_the_union
+from hf_xlstm.commands.helpers.corpus import state_of_the_union
 from hf_xlstm.commands.helpers.tokens import tokenise, train_tokenizer
 
 
@@ -81,7 +80,7 @@ def checkpoint(options: list[str], args: argparse.Namespace) -> dict:
     """From runs with a checkpoint after every step, and after the first and the last alone, on a little text: what is
     held out of all of it takes a large model minutes."""
     times, steps = {"often": [], "seldom": []}, 6
-    text = "\n".join(itertools.chain.from_iterable(map(pieces, state_of_the_union().train[:50])))
+    text = "\n".join(state_of_the_union().train[:50])
     for _ in range(args.rounds):
         for way, minutes in (("often", "1e-9"), ("seldom", "1e9")):
             with tempfile.TemporaryDirectory() as folder:

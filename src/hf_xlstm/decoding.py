@@ -1,9 +1,9 @@
 """A step of decoding by a block, without its modules.
 
-On a CPU one token of a small model takes less time in matrix products than in the calls between them: a block is eight
-modules, whose calls, attributes and checks of arguments come to half a millisecond on slow cores. `mlstm_block_step`
-does what they do for one token of each sequence, by the same functions in the same order. As in linear.py it stands
-for the calls only where nobody can tell the difference.
+On a CPU one token of a small model takes less time in matrix products than between them, in operations on small
+tensors and in Python: the calls, attributes and checks of a block's modules. `mlstm_block_step` does what these do for
+one token of each sequence, by the same functions in the same order. As in linear.py it stands for the calls only where
+nobody can tell the difference.
 """
 
 from collections.abc import Callable

@@ -273,14 +273,11 @@ class OpenVINOProgram:
         import openvino
 
         program = openvino.convert_model(onnx_file)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            if weights != "float32":
-                # written and read: NNCF stumbles over operations that the conversion has left without a use
-                path = Path(scratch) / "program.xml"
-                openvino.save_model(program, path, compress_to_fp16=False)
-                program = _compress(openvino.Core().read_model(path), weights)
-            program.set_rt_info(export_id, _ID)
-            openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
+        if weights != "float32":
+            # a clone: NNCF stumbles over operations that the conversion has left without a use, which it has not
+            program = _compress(program.clone(), weights)
+        program.set_rt_info(export_id, _ID)
+        openvino.save_model(program, target.with_suffix(".xml"), compress_to_fp16=False)
 
     def __init__(self, path: Path):
         openvino = _need("openvino")

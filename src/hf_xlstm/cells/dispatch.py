@@ -97,8 +97,6 @@ def backend_and_reason(op: str, backend: str, *inputs: torch.Tensor) -> tuple[st
 
 def implementation(op: str, backend: str, *inputs: torch.Tensor) -> Callable:
     """The function that runs `op` on these inputs (see `backend_and_reason`)."""
-    if backend == "auto" and inputs[0].device.type != GPU and backend_override() is None:  # the short way of a step
-        return _IMPLEMENTATIONS[op, "torch"]
     return _IMPLEMENTATIONS[op, backend_and_reason(op, backend, *inputs)[0]]
 
 
