@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is a package of the checkout
 
-from benchmarks.cpu.harness import BASELINES, DTYPES, LINEAR_FLOOR
+from benchmarks.cpu.harness import BASELINES, COMPILED, DTYPES, LINEAR_FLOOR
 from benchmarks.gpu import report
 from benchmarks.peers import HF_XLSTM, PEERS
 from benchmarks.provenance import RESULTS, ROOT, processor
@@ -32,6 +32,7 @@ SPEED, MEMORY = "tokens_per_second", "peak_megabytes"
 LINES = [  # what it is, the file and the row it is in, and the quantity
     ("decode, batch 1", "generation", "decode/{size}/{dtype}/batch-1", SPEED),
     ("decode, batch 8", "generation", "decode/{size}/{dtype}/batch-8", SPEED),
+    ("decode, batch 1, compiled", "generation", "compile/{size}/{dtype}", SPEED),
     ("decode, context 16,384", "generation", "context/{size}/{dtype}", SPEED),
     ("prefill 512", "generation", "prefill/{size}/{dtype}/512", SPEED),
     ("prefill 2,048", "generation", "prefill/{size}/{dtype}/2048", SPEED),
@@ -44,16 +45,25 @@ LINES = [  # what it is, the file and the row it is in, and the quantity
 # the lines of the front page, and how they are called there
 HEADLINE = {
     "decode, batch 1": "decoding",
+    "decode, batch 1, compiled": "decoding, both compiled,",
     "prefill 2,048": "reading a prompt of 2,048 tokens",
     "training 2,048": "training on sequences of 2,048 tokens",
 }
 
 
 def peers_of(row: dict | None) -> dict[str, dict]:
-    """What was measured; of a row about many contexts, that at the longest."""
+    """What was measured; of a row about many contexts, that at the longest; of one about compiled peers, these."""
     if row is None:
         return {}
-    return row["peers"] if "peers" in row else list(row["contexts"].values())[-1]
+    peers = row["peers"] if "peers" in row else list(row["contexts"].values())[-1]
+    if not any(name.endswith(COMPILED) for name in peers):
+        return peers
+    return {
+        name.removesuffix(COMPILED): x
+        | {"ratio": {y.removesuffix(COMPILED): z for y, z in x.get("ratio", {}).items() if y.endswith(COMPILED)}}
+        for name, x in peers.items()
+        if name.endswith(COMPILED) or name == LINEAR_FLOOR
+    }
 
 
 def number(x: float) -> str:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from common import MLSTM, STACKS, assert_same_states, relative_error, tiny_model, tokens
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_xlstm import linear, modeling_xlstm, xLSTMCache
-from hf_xlstm.layers import FeedForward, MLSTMLayer, RMSNorm
+from hf_xlstm import decoding, linear, modeling_xlstm, xLSTMCache
+from hf_xlstm.layers import FeedForward, RMSNorm
 
 
 pytestmark = pytest.mark.skipif(not linear.ONEDNN, reason="weights are prepacked on x86 processors only")
@@ -22,14 +23,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     """Whether each block that could take a step without its modules did so."""
-    record, step = [], modeling_xlstm.mlstm_block_step
+    record, step = [], modeling_xlstm.block_step
 
     def recording(*args):
         output = step(*args)
         record.append(output is not None)
         return output
 
-    monkeypatch.setattr(modeling_xlstm, "mlstm_block_step", recording)
+    monkeypatch.setattr(modeling_xlstm, "block_step", recording)
     return record
 
 
@@ -54,9 +55,9 @@ def compare(model, expected_model, rows: int = 2, steps: int = 3, context=torch.
     assert_same_states(cache, expected_cache, tolerance=tolerance)
 
 
-def packed_copy(model):
+def packed_copy(model, **options):
     other = copy.deepcopy(model)
-    other.pack_for_decoding()
+    other.pack_for_decoding(**options)
     return other
 
 
@@ -68,7 +69,7 @@ def test_a_step_is_that_of_the_modules(stack, rows, dtype, taken):
     other = packed_copy(model)
     taken.clear()
     compare(other, model, rows)
-    assert sum(taken) == 3 * sum(type(module) is MLSTMLayer for module in model.modules())
+    assert sum(taken) == (0 if stack == "paper" else 3 * len(model.backbone.blocks))
 
 
 @pytest.mark.parametrize("fields", [{"gate_soft_cap": None}, {"eps": 0.0}, {"num_heads": 2, "backend": "reference"}])
@@ -109,13 +110,18 @@ def own_forward(module):
     module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
 
 
-MODULES = ["norm_mlstm", "mlstm_layer", "mlstm_layer.multihead_norm", "norm_ffn", "ffn"]
+MODULES = [
+    *[("mlstm", x) for x in ("norm_mlstm", "mlstm_layer", "mlstm_layer.multihead_norm", "norm_ffn", "ffn")],
+    *[("slstm", x) for x in ("norm_slstm", "slstm_layer", "slstm_layer.multihead_norm", "slstm_layer.zgate")],
+    ("conv", "slstm_layer.conv"),
+]
+STACK_OF_ONE_CELL = STACKS | {"conv": STACKS["conv"] | {"layer_types": STACKS["slstm"]["layer_types"]}}
 
 
 @pytest.mark.parametrize("change", [hook, pre_hook, own_forward])
-@pytest.mark.parametrize("name", MODULES)
-def test_a_changed_module_is_called(name, change, taken):
-    model = tiny_model(layer_types=MLSTM)
+@pytest.mark.parametrize(("stack", "name"), MODULES)
+def test_a_changed_module_is_called(stack, name, change, taken):
+    model = tiny_model(**STACK_OF_ONE_CELL[stack])
     other = packed_copy(model)
     for changed in (model, other):
         change(changed.backbone.blocks[0].get_submodule(name))
@@ -222,3 +228,82 @@ def test_a_state_that_does_not_fit_is_told():
     layer.state = tuple(x.bfloat16() for x in layer.state)
     with torch.no_grad(), pytest.raises(ValueError, match="dtype"):
         model(tokens(2, 1), cache=cache)
+
+
+# ---- compiled steps
+
+
+@pytest.fixture
+def graphs():
+    """A function that says how many graphs were compiled since the test began."""
+    torch.compiler.reset()
+    decoding._compiled_stack.cache_clear()
+    before = counters["stats"]["unique_graphs"]
+    yield lambda: counters["stats"]["unique_graphs"] - before
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("stack", "dtype"),
+    [
+        ("conv", torch.float32),
+        *[pytest.param(x, torch.float32, marks=pytest.mark.slow) for x in ("mlstm", "slstm", "mixed")],
+        *[pytest.param(x, torch.bfloat16, marks=pytest.mark.slow) for x in ("mlstm", "conv")],
+    ],
+)
+def test_a_compiled_step_is_that_of_the_modules(stack, dtype, graphs, taken):
+    model = tiny_model(**STACKS[stack]).to(dtype)
+    other = packed_copy(model, compile=True)
+    compare(other, model, rows=1)
+    assert graphs() == 1
+    compare(other, model, rows=3)
+    compare(other, model, rows=1)
+    compare(other, model, rows=2)
+    compare(other, model, rows=5)
+    assert graphs() <= 3  # one row, three, any number
+    assert not any(taken)
+
+
+def test_generate_by_compiled_steps(graphs):
+    model, ids = tiny_model(layer_types=MLSTM), tokens(2, 5)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.pack_for_decoding(compile=True)
+    assert model.generate(ids, max_new_tokens=8, do_sample=False).equal(expected)
+    assert graphs() == 1
+    steps = model.generate(
+        ids, max_new_tokens=8, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert steps.sequences.equal(expected)
+    assert [len(step) for step in steps.hidden_states] == [3] * 8  # what goes into the blocks, and what comes out
+
+
+@pytest.mark.parametrize("name", ["backbone.blocks.0", "backbone.blocks.1.ffn", "backbone.blocks.0.ffn.proj_up"])
+def test_a_block_that_was_changed_is_not_compiled(name, graphs, caplog):
+    model = tiny_model(layer_types=MLSTM)
+    other = packed_copy(model, compile=True)
+    for changed in (model, other):
+        block, _, child = name.rpartition(".")
+        if child == "proj_up":  # as an adapter is put there
+            setattr(changed.get_submodule(block), child, nn.Sequential(changed.get_submodule(name)))
+        else:
+            hook(changed.get_submodule(name))
+    decoding.logger.warning_once.cache_clear()
+    compare(other, model)
+    assert graphs() == 0
+    assert caplog.text.count("A step of decoding is not compiled") == 1
+
+
+def test_unpacked_steps_are_not_compiled(graphs):
+    model = tiny_model(layer_types=MLSTM)
+    for drop in (type(model).unpack, type(model).pack_for_decoding, lambda model: model.train().eval()):
+        other = packed_copy(model, compile=True)
+        drop(other)
+        compare(other, model)
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize("fields", [STACKS["paper"], {"layer_types": MLSTM, "use_bias": True}])
+def test_what_cannot_be_compiled_is_refused(fields):
+    for model in (tiny_model(**fields), tiny_model(layer_types=MLSTM).double()):
+        with pytest.raises(NotImplementedError, match="block_family='large'"):
+            model.pack_for_decoding(compile=True)

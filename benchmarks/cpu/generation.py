@@ -2,7 +2,7 @@
 
 decode     single-token steps: `forward` in a loop, with the cache as `generate` has prepared it
 generate   the same steps taken by `generate`
-compile    the same steps with `forward` compiled
+compile    the same steps, compiled: ours by `pack_for_decoding(compile=True)`, the others' `forward` as a whole
 context    the same steps after ever longer contexts, and the size of the cache there
 prefill    reading a prompt, for the logits of its last token
 memory     what reading a prompt adds to the resident set of a process
@@ -22,6 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is a package of the checkout
 
 from benchmarks.cpu.harness import (
+    BASELINES,
+    COMPILED,
     DTYPES,
     Measure,
     Turn,
@@ -35,26 +37,27 @@ from benchmarks.cpu.harness import (
     summarize,
     take_turns,
 )
-from benchmarks.peers import HF_XLSTM, IN_TREE, cache_argument, cache_of
+from benchmarks.peers import HF_XLSTM, cache_argument, cache_of
 from benchmarks.provenance import seconds
 
 
 PROMPT_LENGTH, NEW_TOKENS = 64, 32
-COMPILED = "+compile"
 
 
 class Decoder:
     """Greedy decoding in a loop over `forward`, from a cache."""
 
-    def __init__(self, peer: str, model: PreTrainedModel, prompt: torch.Tensor):
+    def __init__(self, peer: str, model: PreTrainedModel, prompt: torch.Tensor, compiled: bool = False):
         self.model = model
         self.argument = cache_argument(peer)
         if peer == HF_XLSTM:
-            model.pack_for_decoding()  # as `generate` does while it runs
+            model.pack_for_decoding(compile=compiled)  # as `generate` does while it runs, but for compiling
         # two tokens, so that `generate` has prepared whatever it prepares for decoding
         outputs = model.generate(prompt, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
         self.cache = cache_of(outputs)
         self.token = outputs.sequences[:, -1:]
+        if compiled and peer != HF_XLSTM:
+            model.forward = torch.compile(model.forward)
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> None:
@@ -88,9 +91,8 @@ class Clock(BaseStreamer):
 
 def decode_turn(peer: str, size: str, dtype: str, batch_size: int) -> Turn:
     peer, _, compiled = peer.partition("+")
-    decoder = Decoder(peer, build(peer, size, DTYPES[dtype]), random_tokens(batch_size, PROMPT_LENGTH))
-    if compiled:
-        decoder.model.forward = torch.compile(decoder.model.forward)
+    model, prompt = build(peer, size, DTYPES[dtype]), random_tokens(batch_size, PROMPT_LENGTH)
+    decoder = Decoder(peer, model, prompt, compiled=bool(compiled))
     decoder.decode(4)
     return decoder.decode
 
@@ -135,8 +137,13 @@ def generate(size: str, dtype: str, batch_size: int, args: argparse.Namespace) -
 def compiled(size: str, dtype: str, args: argparse.Namespace) -> dict:
     errors = assert_as_exact_as_in_tree(size)
     start = partial(decode_turn, size=size, dtype=dtype, batch_size=1)
-    peers = [HF_XLSTM, IN_TREE, HF_XLSTM + COMPILED, IN_TREE + COMPILED]
-    return {"errors": errors, "peers": compare(start, peers, NEW_TOKENS, args)}
+    peers = [peer + how for peer in (HF_XLSTM, *BASELINES) if peer in args.peers for how in ("", COMPILED)]
+    baselines = [peer + how for peer in BASELINES for how in ("", COMPILED)]
+    floor = {
+        library: lambda step=step: NEW_TOKENS * step()
+        for library, step in linear_floor(size, DTYPES[dtype], 1, 1).items()
+    }
+    return {"errors": errors, "peers": compare(start, peers, NEW_TOKENS, args, floor, baselines)}
 
 
 def prefill(size: str, dtype: str, length: int, args: argparse.Namespace) -> dict:
@@ -149,7 +156,7 @@ def prefill(size: str, dtype: str, length: int, args: argparse.Namespace) -> dic
 def context(size: str, dtype: str, lengths: list[int], args: argparse.Namespace) -> dict:
     """The peers read on, a piece at a time, and decode where the context has each of the lengths."""
     errors = assert_as_exact_as_in_tree(size)
-    peers = [peer for peer in (HF_XLSTM, IN_TREE, "llama") if peer in args.peers]
+    peers = [peer for peer in (HF_XLSTM, *BASELINES) if peer in args.peers]
     prompt = random_tokens(1, PROMPT_LENGTH)
     decoders = {peer: Decoder(peer, build(peer, size, DTYPES[dtype]), prompt) for peer in peers}
     contexts, seen = {}, PROMPT_LENGTH

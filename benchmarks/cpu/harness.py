@@ -24,6 +24,7 @@ from benchmarks.provenance import RESULTS, relative_error, significant, timed
 
 
 BASELINES = (IN_TREE, "llama")  # speeds are given relative to these
+COMPILED = "+compile"  # after the name of a peer
 LINEAR_FLOOR = "linear_floor"
 VOCAB_SIZE, NUM_HEADS = 16384, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

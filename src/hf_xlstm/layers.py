@@ -177,8 +177,13 @@ class HeadwiseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads, head_dim)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.einsum("...hi,hoi->...ho", x, self.weight)
+        x = headwise_linear(x, self.weight)
         return x if self.bias is None else x + self.bias
+
+
+def headwise_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., H, D_in) and weight (H, D_out, D_in) to (..., H, D_out)."""
+    return torch.einsum("...hi,hoi->...ho", x, weight)
 
 
 class CausalConv(nn.Conv1d):
@@ -211,24 +216,11 @@ class CausalConv(nn.Conv1d):
         state = None if cache is None else cache.conv_state
         history = x.new_zeros(x.shape[0], self.kernel_size[0] - 1, x.shape[-1]) if state is None else state.to(x.dtype)
         window = torch.cat([history, x], dim=1)  # (B, k - 1 + T, D)
-        y = self._convolve(window, None if cu_seqlens is None else documents_of_tokens(cu_seqlens, place, x))
+        documents = None if cu_seqlens is None else documents_of_tokens(cu_seqlens, place, x)
+        y = causal_conv(window, self.weight, self.bias, documents)
         if cache is not None:
             cache.update_conv_state(self._last_inputs(window, mask))
         return y if place is None else y.gather(1, place[..., None].expand_as(y))
-
-    def _convolve(self, window: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-        """y (B, T, D) from window (B, k - 1 + T, D); `documents` (T,) keeps the taps inside a document."""
-        past = self.kernel_size[0] - 1
-        length = window.shape[1] - past
-        if documents is not None:
-            before = F.pad(documents, (past, 0), value=-1)
-        y = 0 if self.bias is None else self.bias
-        for i in range(past + 1):
-            tap = window[:, i : i + length] * self.weight[:, 0, i]
-            if documents is not None:
-                tap = tap * (before[i : i + length] == documents)[:, None]
-            y = y + tap
-        return F.silu(y)
 
     def _last_inputs(self, window: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The last k - 1 unmasked inputs (B, k - 1, D), which the next token still needs."""
@@ -237,6 +229,23 @@ class CausalConv(nn.Conv1d):
             return window[:, window.shape[1] - past :]
         index = mask.sum(1)[:, None] + torch.arange(past, device=window.device)
         return window.gather(1, index[..., None].expand(-1, -1, window.shape[-1]))
+
+
+def causal_conv(
+    window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y (B, T, D) of `CausalConv` from window (B, k - 1 + T, D); `documents` (T,) keeps the taps inside a document."""
+    past = weight.shape[-1] - 1
+    length = window.shape[1] - past
+    if documents is not None:
+        before = F.pad(documents, (past, 0), value=-1)
+    y = 0 if bias is None else bias
+    for i in range(past + 1):
+        tap = window[:, i : i + length] * weight[:, 0, i]
+        if documents is not None:
+            tap = tap * (before[i : i + length] == documents)[:, None]
+        y = y + tap
+    return F.silu(y)
 
 
 def documents_of_tokens(cu_seqlens: torch.Tensor, place: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

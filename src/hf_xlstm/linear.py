@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .cells import NAMESPACE
 from .cells.numerics import INTEL, NO_BFLOAT16, X86
 from .quantized import has_int8_product, int8_product
 
@@ -40,6 +41,7 @@ MIN_SIZE = 2**16
 MIN_WIDENED_ROWS = 16
 # Products of more rows gain little from prepacked weights.
 MAX_DECODING_ROWS = 64
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # What `nn.Linear` does unless someone, such as a counter of FLOPs, replaces it.
 LINEAR, LINEAR_FORWARD = F.linear, nn.Linear.forward
 
@@ -53,7 +55,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     joint = packed.find(x, layers) if packed is not None and packed.in_use else None
     if joint is None:
         return [_linear(x, layer) for layer in layers]
-    y = joint.product(x)
+    y = packed_product(x, joint.weight, joint.bias)
     return y.split_with_sizes(joint.sizes, dim=-1) if len(layers) > 1 else (y,)
 
 
@@ -163,7 +165,6 @@ def _linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         return int8_product(x, weight, layer.bias) if is_int8 else layer(x)
     if not _pytorch_is_slower(x, layer.weight):
         return layer(x)
-        return layer(x)
     if torch.is_grad_enabled():
         return _RecomputeLinear.apply(_identity, layer.weight, layer.bias, x)
     return _product(x, layer.weight, layer.bias)
@@ -215,6 +216,29 @@ class _RecomputeLinear(torch.autograd.Function):
 
 
 # ---- prepacked weights
+
+
+def packed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias in the dtype of x, where the weight may be prepacked. Without autograd."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(x, weight, bias)
+    if not weight.is_mkldnn:
+        return _product(x, weight, bias)
+    if weight.dtype == x.dtype:
+        return _onednn(x, weight, bias)
+    return _onednn(x.float(), weight, bias).to(x.dtype)
+
+
+# The same for a compiler, which cannot look into prepacked weights. Not a `custom_op`: that takes 60 us to be called.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("packed_product", packed_product, "CompositeExplicitAutograd")
+_opaque_product = getattr(torch.ops, NAMESPACE).packed_product
+
+
+@torch.library.register_fake(f"{NAMESPACE}::packed_product", lib=_library)
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class _Source(NamedTuple):
@@ -269,14 +293,6 @@ class _JointWeight(NamedTuple):
         joint.checksums.extend(_checksum(parameter) for parameter in joint.parameters())
         return joint
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T + bias in the dtype of x."""
-        if not self.weight.is_mkldnn:
-            return _product(x, self.weight, self.bias)
-        if self.weight.dtype == x.dtype:
-            return _onednn(x, self.weight, self.bias)
-        return _onednn(x.float(), self.weight, self.bias).to(x.dtype)
-
     @property
     def nbytes(self) -> int:
         """Of the copy."""
@@ -318,11 +334,11 @@ def _checksum(parameter: torch.Tensor) -> torch.Tensor:
 class PackedWeights:
     """A model's prepacked copy of the weights of its linear layers, to decode from on a CPU.
 
-    The model and its linear layers share it as their attribute `packed_weights`. While it is in use, from
-    `pack_for_decoding` on or during a call of `generate`, the first step (a pass of one token per sequence) fills it,
-    layer by layer. A part that is no copy of the weights any more is dropped and made anew. Operations that write to a
-    parameter are noticed at once. Writes that PyTorch does not count (through `parameter.data`, NumPy, a fused
-    optimizer) are found by checksums, which are compared once in each call of `generate`, and once after
+    The model, the one within it and their linear layers share it as their attribute `packed_weights`. While it is in
+    use, from `pack_for_decoding` on or during a call of `generate`, the first step (a pass of one token per sequence)
+    fills it, layer by layer. A part that is no copy of the weights any more is dropped and made anew. Operations that
+    write to a parameter are noticed at once. Writes that PyTorch does not count (through `parameter.data`, NumPy, a
+    fused optimizer) are found by checksums, which are compared once in each call of `generate`, and once after
     `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without.
 
     On a processor without bfloat16 the copy of a bfloat16 model is float32, twice as large, once several sequences
@@ -332,6 +348,7 @@ class PackedWeights:
         self.joint: dict[tuple[int, ...], _JointWeight] = {}  # by the ids of the layers
         self.checked: set[tuple[int, ...]] = set()  # those compared by checksums since the latest such call began
         self.kept_in_use = False
+        self.compiled = False  # whether steps are
         self.calls = 0  # of `generate` that are running
         self.stepping: int | None = None  # the thread that takes a step which nobody watches
 
@@ -354,7 +371,7 @@ class PackedWeights:
         rows = x.numel() // x.shape[-1]
         if not ONEDNN or not x.is_cpu or x.ndim < 2 or not 0 < rows <= MAX_DECODING_ROWS:
             return None
-        if x.dtype not in (torch.float32, torch.bfloat16):
+        if x.dtype not in PACKED_DTYPES:
             return None
         key, is_step = tuple(map(id, layers)), x.shape[-2] == 1
         joint = self.joint.get(key)
@@ -414,25 +431,44 @@ class PackedWeightsMixin:
     #: processor lacks that). It does so where the weights fit into a quarter of the memory.
     pack_in_generate: bool = True
 
-    def pack_for_decoding(self) -> None:
+    def pack_for_decoding(self, compile: bool = False) -> None:
         """Decode from a prepacked copy of the linear weights from now on, also outside of `generate` and however large
         the model is.
+
+        Args:
+            compile: have TorchInductor compile what the blocks of a step compute between the products. The first step
+                then takes some ten seconds, and so does the first one of another number of rows. It needs a C++
+                compiler.
 
         The next step without gradients, a pass of one token for each of at most 64 sequences, makes the copy
         (`packed_nbytes`). `unpack()`, `train()` and moving or casting the model drop it. It has no effect on
         processors other than x86, and in dtypes other than float32 and bfloat16. After writing to weights through
         `parameter.data` or NumPy call this again: PyTorch does not count such writes, so that otherwise only the next
-        call of `generate` would notice."""
+        call of `generate` would notice.
+
+        Raises:
+            NotImplementedError: `compile` on another processor, in another dtype, or for blocks of the paper or with
+                biases.
+        """
+        if compile and not self._can_compile_steps():
+            raise NotImplementedError(
+                "`compile` needs a float32 or bfloat16 model on an x86 CPU, of block_family='large', use_bias=False."
+            )
         packed = self._attach_packed_weights()
-        packed.kept_in_use = True
+        packed.kept_in_use, packed.compiled = True, compile
         packed.checked.clear()
+
+    def _can_compile_steps(self) -> bool:
+        config = self.config
+        can_pack = ONEDNN and self.device.type == "cpu" and self.dtype in PACKED_DTYPES
+        return can_pack and config.block_family == "large" and not config.use_bias
 
     def unpack(self) -> None:
         """Drop the prepacked copy of the weights, and use none until `pack_for_decoding` or the next `generate`."""
         for module in self.modules():
             packed = vars(module).pop("packed_weights", None)
             if packed is not None:
-                packed.kept_in_use = False
+                packed.kept_in_use = packed.compiled = False
                 packed.joint = {}
 
     @property
@@ -464,7 +500,7 @@ class PackedWeightsMixin:
         if packed is None:
             packed = self.packed_weights = PackedWeights()
         for module in self.modules():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear or isinstance(module, PackedWeightsMixin):
                 module.packed_weights = packed
         return packed
 

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import xLSTMCache
 from .cells.numerics import gate_dtype, is_readable
 from .configuration_xlstm import xLSTMConfig
-from .decoding import mlstm_block_step
+from .decoding import FORWARD, block_step, compiled_step
 from .integration import (
     CACHE_NAME,
     CausalLMOutput,
@@ -91,7 +91,7 @@ class xLSTMBlock(GradientCheckpointingLayer):
         flattened batch, and so is then the mask (1, B T)."""
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         if layer_cache is not None and mask is None and not torch.compiler.is_compiling():
-            output = mlstm_block_step(self, hidden_states, layer_cache)
+            output = block_step(self, hidden_states, layer_cache)
             if output is not None:
                 return output
         if self.layer_type == "mlstm":
@@ -108,6 +108,9 @@ class xLSTMBlock(GradientCheckpointingLayer):
         x = layer(x, cache=layer_cache, mask=mask, cu_seqlens=cu_seqlens)
         hidden_states = hidden_states + x.reshape(hidden_states.shape)
         return hidden_states if self.ffn is None else hidden_states + self.ffn(self.norm_ffn(hidden_states))
+
+
+FORWARD[xLSTMBlock] = xLSTMBlock.forward
 
 
 class xLSTMPreTrainedModel(LoadingMixin, PackedWeightsMixin, PreTrainedModel):
@@ -272,6 +275,10 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 piece = hidden_states[:, start : start + size]
                 pieces.append(self._run_blocks(piece, cache, piece_mask, None, whole))
             return torch.cat(pieces, dim=1)
+        if length == 1 and cache is not None and not torch.compiler.is_compiling():
+            output = compiled_step(self, hidden_states, cache, mask)
+            if output is not None:
+                return output
         for block in self.blocks:
             hidden_states = block(hidden_states, cache=cache, mask=mask, cu_seqlens=cu_seqlens)
         return hidden_states

@@ -16,7 +16,6 @@ operations around it. Traced by a compiler, the loop would be unrolled anew for 
 passes are custom ops.
 """
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch._higher_order_ops.scan import scan
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import NAMESPACE
 from ..numerics import first_derivatives_only, stored, without_autocast
 from ..slots import step_in_slots
 from .reference import SLSTMState, slstm_cell, zero_slstm_state
@@ -32,9 +32,6 @@ from .reference import SLSTMState, slstm_cell, zero_slstm_state
 
 # Steps whose backward coefficients are computed at once: enough to amortise the calls, few enough to stay in cache.
 TILE = 64
-# The operators' namespace: "hf_xlstm" here. A copy of this file beside a checkpoint has one of its own, named after
-# the directory, which may have characters that a namespace cannot have.
-NAMESPACE = re.sub(r"[^0-9A-Za-z_]", lambda x: f"_{ord(x[0]):x}_", __package__.removesuffix(".cells.slstm"))
 
 
 class Schedule(NamedTuple):
