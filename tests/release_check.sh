@@ -23,7 +23,7 @@ tar -xzf dist/*.tar.gz -C "$folder" --strip-components 1
 cd "$folder"
 mv src unused  # the package is the installed one
 "$venv/bin/hf-xlstm" --version
-for verb in train generate evaluate convert share serve env; do "$venv/bin/hf-xlstm" "$verb" --help > help.txt; done
+for verb in train generate evaluate convert share serve export env; do "$venv/bin/hf-xlstm" "$verb" --help > help.txt; done
 "$venv/bin/hf-xlstm" env --check
 "$venv/bin/pytest" -q tests/test_cli.py "tests/test_docs.py::test_blocks_run[README.md]" -k "not said_twice"
 "$venv/bin/pytest" -q --collect-only tests > collected.txt || { cat collected.txt; exit 1; }

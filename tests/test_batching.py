@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_xlstm import xLSTMCache
-from hf_xlstm.batch_engine import BatchEngine, prepare
+from hf_xlstm.batch_engine import BatchEngine, Rows, prepare
 from hf_xlstm.state_store import StateStore
 
 
@@ -163,6 +163,37 @@ def test_a_failing_step_fails_the_requests_in_it_only(model, monkeypatch):
     assert [ended[str(index)].status == FAILED for index in range(4)] == [True, True, False, False]
     assert "division" in ended["0"].error
     assert [ended[str(index)].new for index in (2, 3)] == [alone(model, prompt) for prompt in prompts[2:]]
+
+
+def test_a_row_that_finds_no_room_fails_alone(model, monkeypatch):
+    ended, append = {}, Rows.append
+
+    def full(rows, cache):
+        if rows.count == 1 and not ended:
+            raise MemoryError("no room")
+        append(rows, cache)
+
+    monkeypatch.setattr(Rows, "append", full)
+    engine = BatchEngine(model, lambda request: ended.update({request.id: request}))
+    prompts = random_prompts(3)
+    for index, prompt in enumerate(prompts):
+        engine.add(prepare(model, str(index), prompt, GREEDY))
+    until_done(engine)
+    failed = [request for request in ended.values() if request.status == FAILED]
+    assert len(ended) == 3 and ["no room" in request.error for request in failed] == [True]
+    rest = [request for request in ended.values() if request.status != FAILED]
+    assert [request.new for request in rest] == [alone(model, request.prompt) for request in rest]
+
+
+def test_a_state_that_cannot_be_kept_costs_no_request(model, monkeypatch, caplog):
+    store, ended = StateStore(every=4), []
+    monkeypatch.setattr(store, "add", lambda *args: 1 / 0)
+    engine = BatchEngine(model, ended.append, store)
+    prompt = random_prompts(1)[0]
+    engine.add(prepare(model, "0", prompt, GREEDY))
+    until_done(engine)
+    assert [request.new for request in ended] == [alone(model, prompt)]
+    assert caplog.text.count("A state was not kept") == 1
 
 
 def test_logits_that_are_not_finite_fail_their_row_only(model):
@@ -347,6 +378,17 @@ def test_wrong_prompts_do_not_harm_the_others(model):
     assert [output.status == FAILED for output in outputs] == [True] * 4 + [False] * 3
     assert all(output.error for output in outputs[:4])
     assert [output.generated_tokens for output in outputs[4:]] == [alone(model, prompt) for prompt in prompts]
+
+
+def test_every_reply_to_a_wrong_prompt_fails(model, manager):
+    for options in (
+        {"num_return_sequences": 3},
+        {"generation_config": GenerationConfig(do_sample=True, num_return_sequences=3)},
+    ):
+        manager.add_request([VOCAB_SIZE], "a", do_sample=True, **options)
+        outputs = [manager.get_result(timeout=60) for _ in range(3)]
+        assert [output.request_id for output in outputs] == ["a", "a__child#0", "a__child#1"]
+        assert all(output.status == FAILED for output in outputs)
 
 
 def test_several_replies_to_a_prompt():

@@ -304,8 +304,11 @@ def test_dtype_and_companions_stay(dtype, tmp_path):
     weights["lm_head.weight"][0, 0] = float("nan")  # not equal to itself, and yet what it should be
     write_package(tmp_path / "foreign", "mixed", weights)
     (tmp_path / "foreign/tokenizer.json").write_text("{}")
+    (tmp_path / "foreign/tokenizer").mkdir()  # no file of a model
+    (tmp_path / "foreign/generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
     convert_checkpoint(tmp_path / "foreign", tmp_path / "native")
     assert (tmp_path / "native/tokenizer.json").read_text() == "{}"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "native").generation_config.temperature == 0.3
     assert {x.dtype for x in load_file(tmp_path / "native/model.safetensors").values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "native").dtype == dtype
 

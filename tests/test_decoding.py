@@ -105,6 +105,15 @@ def pre_hook(module):
     module.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return 2 * self.inner(*args, **kwargs)
+
+
 def own_forward(module):
     forward = module.forward
     module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
@@ -113,6 +122,7 @@ def own_forward(module):
 MODULES = [
     *[("mlstm", x) for x in ("norm_mlstm", "mlstm_layer", "mlstm_layer.multihead_norm", "norm_ffn", "ffn")],
     *[("slstm", x) for x in ("norm_slstm", "slstm_layer", "slstm_layer.multihead_norm", "slstm_layer.zgate")],
+    ("slstm", "slstm_layer.dropout"),
     ("conv", "slstm_layer.conv"),
 ]
 STACK_OF_ONE_CELL = STACKS | {"conv": STACKS["conv"] | {"layer_types": STACKS["slstm"]["layer_types"]}}
@@ -128,6 +138,18 @@ def test_a_changed_module_is_called(stack, name, change, taken):
     taken.clear()
     compare(other, model)
     assert not any(taken[::2]) and any(taken[1::2])  # the other block has not been changed
+
+
+@pytest.mark.parametrize(("stack", "name"), [("mlstm", "mlstm_layer"), ("slstm", "slstm_layer"), ("mlstm", "ffn")])
+def test_a_wrapped_module_is_called(stack, name, taken):
+    model = tiny_model(**STACKS[stack])
+    other = packed_copy(model)
+    for changed in (model, other):
+        block = changed.backbone.blocks[0]
+        setattr(block, name, Wrapper(getattr(block, name)))
+    taken.clear()
+    compare(other, model)
+    assert not any(taken[::2]) and any(taken[1::2])
 
 
 def test_a_class_that_was_changed_is_called(monkeypatch, taken):
@@ -264,17 +286,22 @@ def test_a_compiled_step_is_that_of_the_modules(stack, dtype, graphs, taken):
     assert not any(taken)
 
 
-def test_generate_by_compiled_steps(graphs):
+def test_generate_by_compiled_steps(graphs, monkeypatch):
+    stack, steps = decoding._compiled_stack, []
+    monkeypatch.setattr(decoding, "_compiled_stack", lambda: steps.append(1) or stack())
     model, ids = tiny_model(layer_types=MLSTM), tokens(2, 5)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)
     model.pack_for_decoding(compile=True)
     assert model.generate(ids, max_new_tokens=8, do_sample=False).equal(expected)
     assert graphs() == 1
-    steps = model.generate(
+    recorded = model.generate(
         ids, max_new_tokens=8, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
     )
-    assert steps.sequences.equal(expected)
-    assert [len(step) for step in steps.hidden_states] == [3] * 8  # what goes into the blocks, and what comes out
+    assert recorded.sequences.equal(expected)
+    assert [len(step) for step in recorded.hidden_states] == [3] * 8  # what goes into the blocks, and what comes out
+    assert len(steps) == 7
+    assert model.generate(ids, max_new_tokens=8, do_sample=False).equal(expected)
+    assert len(steps) == 14 and graphs() == 1
 
 
 @pytest.mark.parametrize("name", ["backbone.blocks.0", "backbone.blocks.1.ffn", "backbone.blocks.0.ffn.proj_up"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import MIXED, STACKS, assert_same_states, relative_error, tiny_model, tokens
+from transformers import GenerationConfig
 
 from hf_xlstm import xLSTMCache
 from hf_xlstm.commands.helpers.tokens import train_tokenizer
@@ -24,6 +25,7 @@ from hf_xlstm.export import (
     state_shapes,
     xLSTMExportedForCausalLM,
 )
+from hf_xlstm.state_store import StateStore
 
 
 RUNTIME = {"openvino": "openvino", "onnx": "onnxruntime"}
@@ -141,6 +143,25 @@ def test_a_conversation_moves_between_the_model_and_its_export(models):
             assert torch.equal(second.generate(ids, cache=x, max_new_tokens=10, do_sample=False), whole)
 
 
+def test_requests_in_a_batch_and_their_states(models):
+    model, exported = models
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5, 9)]
+    options = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = [output.generated_tokens for output in model.generate_batch(prompts, options).values()]
+    exported.state_store = store = StateStore()
+    for _ in range(2):
+        outputs = exported.generate_batch(prompts, options).values()
+        assert [output.generated_tokens for output in outputs] == expected
+    exported.state_store = None
+    # an export of other weights has the same configuration, and no parameters to be told by
+    longer = torch.tensor([prompts[-1] + [1]])
+    assert store.find(exported, longer).get_seq_length() == len(prompts[-1])
+    other = copy.copy(exported)
+    other._programs = {name: copy.copy(program) for name, program in exported._programs.items()}
+    other._programs["decode"].export_id = "another"
+    assert store.find(other, longer).get_seq_length() == 0
+
+
 def test_a_long_prompt_is_read_in_pieces(models, monkeypatch):
     model, exported = models
     monkeypatch.setattr("hf_xlstm.export.PIECE", 8)
@@ -165,6 +186,31 @@ def test_what_is_not_exported_raises(models):
         exported(ids, cache=cache)
     with pytest.raises(TypeError, match="memory"):
         exported(ids, memory=torch.zeros(1))
+    with pytest.raises(ValueError, match="must hold 1 for tokens"):
+        exported(ids, attention_mask=torch.tensor([[1, 1, 2, 2], [1, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="6 columns for 4 tokens"):
+        exported(ids, attention_mask=torch.ones(2, 6))
+    with pytest.raises(NotImplementedError, match="compile"):
+        exported.pack_for_decoding(compile=True)
+
+
+def test_losses(models):
+    model, exported = models
+    ids = tokens(2, 9)
+    for options in ({"labels": ids}, {"labels": ids, "num_items_in_batch": 100}, {"shift_labels": ids}):
+        assert exported(ids, **options).loss.item() == pytest.approx(model(ids, **options).loss.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_conversation_of_a_bfloat16_model_goes_on(models):
+    model, exported = models
+    half, ids = copy.deepcopy(model).bfloat16(), tokens(2, 9)
+    for reader in (exported, model):
+        cache = half(ids[:, :6], use_cache=True).cache
+        logits = reader(ids[:, 6:], cache=cache).logits
+        assert relative_error(logits, model(ids).logits[:, 6:]) < 0.1
+        for layer in cache.layers:
+            assert {x.dtype for x in layer.tensors().values()} == {torch.float32}
 
 
 def test_files_of_another_export(models, tmp_path):

@@ -61,6 +61,20 @@ def test_accumulated_batches_equal_one(tmp_path):
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("cls", [xLSTMForSequenceClassification, xLSTMForTokenClassification])
+def test_accumulated_batches_of_a_classifier_equal_one(cls, tmp_path):
+    labels = (1, 0, 2, 1) if cls is xLSTMForSequenceClassification else tokens(4, 12, seed=1) % 3
+    dataset = [{"input_ids": x, "labels": torch.as_tensor(y)} for x, y in zip(tokens(4, 12), labels)]
+    models = {size: tiny_model(cls, num_labels=3, classifier_dropout=0.0, **mixed) for size in (1, 4)}
+    losses = []
+    for size, model in models.items():
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_grad_norm": 0}
+        losses += train(model, dataset, tmp_path, **options)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for a, b in zip(models[1].parameters(), models[4].parameters(), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_gradient_checkpointing(adapter, use_reentrant, tmp_path):

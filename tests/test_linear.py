@@ -4,7 +4,10 @@ layer called."""
 import contextlib
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -803,3 +806,25 @@ def test_adapters_are_not_bypassed():
     assert relative_error(logits(True), logits(False)) < 1e-5
     adapted.unmerge_adapter()
     assert relative_error(logits(True), logits(False)) < 1e-5
+
+
+# ---- other processors
+
+
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+@needs_onednn
+def test_bfloat16_without_avx512():
+    """oneDNN has no products of bfloat16 numbers there."""
+    program = """
+from common import MIXED, tiny_model, tokens
+from hf_xlstm import linear
+model = tiny_model(layer_types=MIXED, hidden_size=128).bfloat16()
+assert not linear.ONEDNN_HAS_BFLOAT16
+for rows in (1, 2):
+    assert model.generate(tokens(rows, 4), max_new_tokens=4).shape == (rows, 8)
+    assert model.packed_nbytes > 0
+"""
+    environment = os.environ | AVX2 | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -466,7 +466,9 @@ def test_one_directory_one_run(data, script, tmp_path, monkeypatch):
     output = tmp_path / "run"
     base = ["--data", data, "--output", output]
     output.mkdir()
-    (output / "notes.md").write_text("mine")
+    mine = [output / name for name in ("notes.md", "book.txt", "records.json", "adapter.safetensors", "load.py")]
+    for path in mine:
+        path.write_text("mine")
     assert script(*base, "--steps", "2")[0] == 0
     complete = contents(output)
     assert complete["notes.md"] == b"mine"
@@ -489,7 +491,7 @@ def test_one_directory_one_run(data, script, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("run.partial-*")] != []
     assert script(*base, "--steps", "3", "--overwrite")[0] == 0
     assert json.loads((output / "metrics.json").read_text())["steps"] == 3
-    assert (output / "notes.md").read_text() == "mine" and not (output / "checkpoints").exists()
+    assert all(path.read_text() == "mine" for path in mine) and not (output / "checkpoints").exists()
     assert [p.name for p in tmp_path.glob("run.*")] == []
 
 

@@ -25,9 +25,13 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.utils import logging
 
 from .cache import STATE_NAMES, xLSTMCache, xLSTMCacheLayer
 from .state_store import StateStore, TextKeys, fingerprint, token_list
+
+
+logger = logging.get_logger(__name__)
 
 
 # Warpers that look at one row of scores and at nothing else, so that rows with equal ones can share a call.
@@ -452,7 +456,7 @@ class BatchEngine:
         if self._blank is None:
             cache = xLSTMCache(self.model.config)
             masked = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-            self.model.backbone(masked, attention_mask=masked, cache=cache)
+            self.model(masked, attention_mask=masked, cache=cache)
             self._blank = [layer.tensors() for layer in cache.layers]
         return cache_of(self.model.config, [{n: x.clone() for n, x in layer.items()} for layer in self._blank], 0)
 
@@ -495,19 +499,25 @@ class BatchEngine:
             if request.read in request.borders and self._may_keep(request):
                 self._keep(request, request.own_cache)
         complete = [index for index, request in enumerate(requests) if request.read == len(request.prompt)]
-        done = [requests[index] for index in complete]
-        self.reading = [request for request in self.reading if request not in done]
-        self._begin_writing(done, logits[complete])
+        self._begin_writing([requests[index] for index in complete], logits[complete])
 
     def _begin_writing(self, requests: list[Request], logits: torch.Tensor) -> None:
+        begun = []
         for index, request in enumerate(requests):
+            try:
+                self.rows.append(request.own_cache)
+            except Exception as error:  # no memory for one more row
+                self._end(request, RequestStatus.FAILED, f"{type(error).__name__}: {error}")
+                continue
+            if request in self.reading:  # else it is a copy
+                self.reading.remove(request)
             request.logits = logits[index : index + 1]
             self.waiting.extendleft(reversed(request.take_copies()))
-            self.rows.append(request.own_cache)
             self.writing.append(request)
             request.cache = request.logits = None
-        if requests:
-            self._continue(requests, logits)
+            begun.append(index)
+        if begun:
+            self._continue([requests[index] for index in begun], logits[begun])
 
     # ---- ends
 
@@ -517,10 +527,15 @@ class BatchEngine:
         return request.keys is not None and counted_versions(self.model) == request.versions
 
     def _keep(self, request: Request, cache: xLSTMCache) -> None:
-        layers = [{name: x.cpu().clone() for name, x in layer.tensors().items()} for layer in cache.layers]
+        """Keeps a snapshot. A request goes on without where that fails, as on a full disk."""
         tokens = request.tokens[: request.read]
         assert self.store is not None and request.keys is not None
-        self.store.add(request.keys, tokens, cache_of(self.model.config, layers, request.read))
+        try:
+            layers = [{name: x.cpu().clone() for name, x in layer.tensors().items()} for layer in cache.layers]
+            self.store.add(request.keys, tokens, cache_of(self.model.config, layers, request.read))
+        except Exception as error:
+            logger.warning(f"A state was not kept: {type(error).__name__}: {error}")
+            request.keys = None
 
     def _end(self, request: Request, status: RequestStatus, error: str | None = None) -> None:
         """Takes a request out, wherever it is, and delivers its last output."""

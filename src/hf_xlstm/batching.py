@@ -6,6 +6,7 @@ of Transformers' manager around a `BatchEngine`.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import queue
@@ -232,8 +233,8 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             prompt = token_list(input_ids)
             request = prepare(self.model, request_id, prompt, config, **flags, **parameters)
         except Exception as error:
-            copies = 0 if config is None else (config.num_return_sequences or 1) - 1
-            for name in (request_id, *(f"{request_id}__child#{index}" for index in range(copies))):
+            replies = parameters.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+            for name in (request_id, *(f"{request_id}__child#{index}" for index in range(replies - 1))):
                 text = f"{type(error).__name__}: {error}"
                 self._deliver(Output(name, prompt, error=text, status=RequestStatus.FAILED))
             return request_id
@@ -309,8 +310,8 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             early = [output for output in self._outputs if output.request_id == request_id]
             if early:
                 self._outputs = deque(output for output in self._outputs if output.request_id != request_id)
-        for output in early:
-            self._deliver(output)
+            for output in early:  # before any that comes in the meantime
+                self._deliver(output)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Output | None:
         """The next output, of that request if one is given. None after `timeout` seconds, or if nothing is there and
@@ -367,6 +368,7 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             with self._changed:
                 self._ending, self._running = self._ending or "now", False
                 self._changed.notify_all()
+            self._drain("The manager has ended.")  # what was added in the meantime
 
     def _wait_for_work(self) -> bool:
         """Sleeps until there is something to do; whether there is, or it is time to end."""
@@ -395,9 +397,11 @@ class RecurrentBatchingManager(ContinuousBatchingManager):
             self.engine.cancel(self._cancelled.get())
 
     def _drain(self, error: str) -> None:
-        while not self._new.empty():
-            self.engine.add(self._new.get())
-        self.engine.fail_all(error)
+        with self._changed:  # whoever adds a request to a manager that has ended drains, too
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self.engine.add(self._new.get_nowait())
+            self.engine.fail_all(error)
 
 
 __all__ = ["RecurrentBatchingManager"]

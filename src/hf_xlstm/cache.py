@@ -113,7 +113,10 @@ class xLSTMCacheLayer(LinearAttentionCacheLayerMixin):
             (conv_states, self.conv_states, self.is_conv_states_initialized),
             (recurrent_states, self.recurrent_states, self.is_recurrent_states_initialized),
         ):
-            if x is not None and (not initialized[state_idx] or states[state_idx].shape != x.shape):
+            if x is None:
+                continue
+            old = states[state_idx] if initialized[state_idx] else None
+            if old is None or old.shape != x.shape or old.dtype != x.dtype:
                 self.device, self.dtype = x.device, x.dtype
                 states[state_idx] = torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=False)
                 initialized[state_idx] = True
@@ -238,7 +241,7 @@ def _store(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 class xLSTMCache(Cache):
     """Everything an xLSTM remembers of the tokens it has seen. Create it empty, or let `generate` and the model do so;
     pass it as `cache`. Its size does not depend on the number of tokens. States are float32 whatever the model's dtype
-    (float64 in a float64 model).
+    (float64 in a float64 model); the last inputs of convolutions have the model's.
 
     Args:
         config: the model's configuration.

@@ -31,6 +31,7 @@ FORMATS = ("hf_xlstm", "xlstm_large", "xlstm", "xlstm_wrapper")
 INDEX = "model.safetensors.index.json"
 # Files of a model that are copied as they are.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+COMPANIONS += ("generation_config.json",)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def convert_checkpoint(
     with appearing(target, nbytes) as partial:
         write_configuration(partial, config, outputs, to, fused, slstm_backend)
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-            shutil.copyfile(path, partial / path.name)
+            if path.is_file():
+                shutil.copyfile(path, partial / path.name)
         with tqdm(total=nbytes * (1 + verify), unit="B", unit_scale=True, desc="Converting") as progress:
             for name, shard in zip(names, shards):
                 header = {output: outputs[output] for step in shard for output in step.outputs}

@@ -31,7 +31,7 @@ from .layers import (
     causal_conv,
     headwise_linear,
 )
-from .linear import PackedWeights, packed_product
+from .linear import PackedWeights, is_unhooked, packed_product
 from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
 
 
@@ -40,8 +40,10 @@ logger = logging.get_logger(__name__)
 # The modules of a block, and what each call of one does unless someone replaces it.
 FORWARD: dict[type[nn.Module], Callable] = {
     module: module.forward
-    for module in (CausalConv, FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer)
+    for module in (CausalConv, FeedForward, HeadwiseLinear, MLSTMLayer, MultiHeadNorm, RMSNorm, SLSTMLayer, nn.Dropout)
 }
+# Where the hooks come from by which Transformers records hidden states. They stay when they are not needed any more.
+RECORDER = "transformers.utils.output_capturing"
 
 # Those whose bias the steps leave out.
 BIASED = HeadwiseLinear, MultiHeadNorm, RMSNorm
@@ -68,10 +70,11 @@ def compiled_step(model: Any, x: torch.Tensor, cache: xLSTMCache, mask: torch.Te
         return None
     gathered = []
     for block in model.blocks:
-        inputs = _gather(block, x, cache.layers[block.layer_idx]) if mask is None and _are_bare(block) else None
+        inputs = _gather(block, x, cache.layers[block.layer_idx]) if mask is None and _is_bare_block(block) else None
         if inputs is None:
             logger.warning_once(
-                "A step of decoding is not compiled: a mask, a hook, a replaced module or speculation forbids it."
+                "A step of decoding is not compiled: gradients, a mask, a hook, a replaced or quantised layer, "
+                "more than 64 sequences or speculation forbid it."
             )
             return None
         gathered.append(inputs)
@@ -154,9 +157,13 @@ def _gather(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer) -> tuple[Callab
     packed: PackedWeights | None = vars(ffn.proj_up).get("packed_weights")
     if packed is None or not packed.is_in_step(x) or not _are_bare(ffn, block.norm_ffn):
         return None
-    gathered = (_gather_mlstm if block.layer_type == "mlstm" else _gather_slstm)(block, x, cache, packed)
+    gathered = (
+        _gather_mlstm(block, x, cache, packed) if block.layer_type == "mlstm" else _gather_slstm(block, x, cache)
+    )
+    if gathered is None:
+        return None
     up, down = packed.find(x, (ffn.proj_up_gate, ffn.proj_up)), packed.find(x, (ffn.proj_down,))
-    if gathered is None or up is None or down is None:
+    if up is None or down is None:
         return None
     step, *inputs = gathered
     return step, (*inputs, (_norm(block.norm_ffn), up[:2], down[:2]))
@@ -166,8 +173,8 @@ def _gather(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer) -> tuple[Callab
 
 
 def _gather_mlstm(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer, packed: PackedWeights) -> tuple | None:
-    layer, norm, heads = block.mlstm_layer, block.norm_mlstm, block.mlstm_layer.multihead_norm
-    if not _are_bare(layer, norm, heads):
+    layer, norm = block.mlstm_layer, block.norm_mlstm
+    if not _are_bare(layer, norm) or not _are_bare(heads := layer.multihead_norm):
         return None
     B, H, K, V = len(x), len(heads.weight) // layer.v_head_dim, layer.qk_head_dim, layer.v_head_dim
     state = _state(cache, x, (B, H, K, V), (B, H, K), (B, H))
@@ -181,10 +188,12 @@ def _gather_mlstm(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer, packed: P
     return mlstm_step, state, _norm(norm), *gates, cell, layer.eps, _norm(heads), out[:2]
 
 
-def _gather_slstm(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer, packed: PackedWeights) -> tuple | None:
-    layer, norm, heads, conv = block.slstm_layer, block.norm_slstm, block.slstm_layer.multihead_norm, None
-    gates = layer.igate, layer.fgate, layer.zgate, layer.ogate
-    if not _are_bare(layer, norm, heads, *gates) or type(layer.dropout) is not nn.Dropout or layer.dropout.training:
+def _gather_slstm(block: Any, x: torch.Tensor, cache: xLSTMCacheLayer) -> tuple | None:
+    layer, norm, conv = block.slstm_layer, block.norm_slstm, None
+    if not _are_bare(layer, norm):
+        return None
+    heads, gates = layer.multihead_norm, (layer.igate, layer.fgate, layer.zgate, layer.ogate)
+    if not _are_bare(heads, *gates, layer.dropout) or layer.dropout.training:
         return None
     state = _state(cache, x, *[(len(x), *layer.bias.shape[1:])] * 4)
     if state is None:
@@ -207,6 +216,14 @@ def _state(cache: xLSTMCacheLayer, x: torch.Tensor, *sizes: tuple[int, ...]) -> 
     return state
 
 
+def _is_bare_block(block: nn.Module) -> bool:
+    """`_are_bare` of a block whose hidden states nobody wants."""
+    own = block.__dict__
+    if own["_forward_hooks"] and all(hook.__module__ == RECORDER for hook in own["_forward_hooks"].values()):
+        own = own | {"_forward_hooks": {}}
+    return FORWARD.get(type(block)) is type(block).forward and is_unhooked(own)
+
+
 def _norm(norm: Any) -> Norm:
     return norm.weight, norm.eps
 
@@ -216,14 +233,7 @@ def _are_bare(*modules: nn.Module) -> bool:
     with a bias does more than the steps do."""
     for module in modules:
         kind, own = type(module), module.__dict__
-        if (
-            FORWARD.get(kind) is not kind.forward
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
+        if FORWARD.get(kind) is not kind.forward or not is_unhooked(own):
             return False
         if kind in BIASED and not own.get("bias") is own["_parameters"].get("bias") is None:
             return False

@@ -16,9 +16,11 @@ import hashlib
 import importlib
 import json
 import tempfile
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -38,7 +40,15 @@ from .integration import (
     one_cache,
     refuse_unknown,
 )
-from .modeling_xlstm import causal_lm_loss, packed_bounds, padding_mask, xLSTMForCausalLM, xLSTMPreTrainedModel
+from .modeling_xlstm import (
+    causal_lm_loss,
+    check_mask_columns,
+    check_mask_values,
+    packed_bounds,
+    padding_mask,
+    xLSTMForCausalLM,
+    xLSTMPreTrainedModel,
+)
 
 
 __all__ = ["FORMATS", "WEIGHTS", "export_model", "xLSTMExportedForCausalLM"]
@@ -351,7 +361,13 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
     def __init__(self, config: xLSTMConfig, programs: Mapping[str, OpenVINOProgram | ONNXProgram]):
         super().__init__(config)
         self._programs = dict(programs)
+        self._lock = threading.Lock()
         self.loss_function = causal_lm_loss
+
+    @property
+    def export_id(self) -> str | None:
+        """Which export it is: another one, also of the same model, has another id."""
+        return self._programs["decode"].export_id
 
     @property
     def device(self) -> torch.device:
@@ -382,16 +398,20 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
             raise ValueError(f"{path} cannot be read: it is damaged, or of a newer version.") from error
         config = xLSTMConfig.from_pretrained(directory)
         names = {f"state.{name}" for name in state_shapes(config)}
-        programs = {}
-        for name in PROGRAMS:
+
+        def load(name: str) -> OpenVINOProgram | ONNXProgram:
             file = directory / f"{name}{runtime.suffix}"
             if not file.is_file():
                 raise ValueError(f"{directory} is incomplete: it lacks {file.name}.")
-            program = programs[name] = runtime(file)
+            program = runtime(file)
             if program.export_id != export_id:
                 raise ValueError(f"{file} belongs to another export than {path}.")
             if not names <= program.inputs:
                 raise ValueError(f"{file} does not fit {directory / 'config.json'}: it has another state.")
+            return program
+
+        with ThreadPoolExecutor() as pool:  # a runtime prepares a program on one core
+            programs = dict(zip(PROGRAMS, pool.map(load, PROGRAMS), strict=True))
         model = cls(config, programs).eval()
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -432,8 +452,10 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         if length == 0:
             raise ValueError("The input has no tokens.")
         mask = padding_mask(attention_mask, batch_size, length)
+        check_mask_columns(attention_mask, length, cache)
         if packed_bounds(seq_idx, cu_seq_lens_q, position_ids, mask, input_ids) is not None:
             raise NotImplementedError("An exported model cannot read packed documents: pass them as rows of a batch.")
+        check_mask_values(attention_mask)
         if cache is None:
             cache = xLSTMCache(self.config)
         cache.prepare(self.config, batch_size)
@@ -442,10 +464,8 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         logits = self._read(input_ids, mask, positions, cache)[:, order]
         cache.advance(length, self.device)
         loss = None
-        if labels is not None:
-            if length != logits.shape[1]:
-                raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
-            loss = self.loss_function(logits, labels, self.config.vocab_size)
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         outputs = CausalLMOutput(loss=loss, logits=logits, **named)
@@ -477,11 +497,12 @@ class xLSTMExportedForCausalLM(xLSTMPreTrainedModel, RecurrentGenerationMixin):
         self, program: str, inputs: dict[str, torch.Tensor], state: dict[str, torch.Tensor], cache: xLSTMCache
     ) -> torch.Tensor:
         """Runs a program from `state`, writes the new one into `cache`, and returns the logits."""
-        inputs |= {f"state.{name}": x for name, x in state.items()}
-        results = self._programs[program]({name: x.contiguous().numpy() for name, x in inputs.items()})
-        new = {name: torch.from_numpy(results[f"new_state.{name}"]) for name in state}
-        for index, layer in enumerate(cache.layers):
-            if f"{index}.conv" in new:
-                layer.update_conv_state(new[f"{index}.conv"])
-            layer.update(tuple(new[f"{index}.{name}"] for name in STATE_NAMES[layer.layer_type]))
-        return torch.from_numpy(results["logits"]).clone()
+        inputs |= {f"state.{name}": x.float() for name, x in state.items()}  # of a model of any dtype
+        with self._lock:  # a program has one place for its results
+            results = self._programs[program]({name: x.contiguous().numpy() for name, x in inputs.items()})
+            new = {name: torch.from_numpy(results[f"new_state.{name}"]) for name in state}
+            for index, layer in enumerate(cache.layers):
+                if f"{index}.conv" in new:
+                    layer.update_conv_state(new[f"{index}.conv"])
+                layer.update(tuple(new[f"{index}.{name}"] for name in STATE_NAMES[layer.layer_type]))
+            return torch.from_numpy(results["logits"]).clone()

@@ -20,7 +20,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from .quantized import has_int8_product, int8_product
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and X86
+# Whether oneDNN has products of bfloat16 numbers, with instructions or without: not where AVX-512 is missing.
+ONEDNN_HAS_BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Numbers in a float32 weight below which the call takes longer than the product, and MKL is as good.
 MIN_SIZE = 2**16
 # Rows from which on a product of bfloat16 numbers is faster in float32, conversions included, if there are no
@@ -112,14 +114,17 @@ def is_plain(layer: nn.Module, x: torch.Tensor, weight_class: type = nn.Paramete
 def _is_bare(layer: nn.Module) -> bool:
     """Whether a call of the layer does what `nn.Linear` does, and nothing else."""
     own = layer.__dict__  # asked for every layer in every step: attributes of modules are found slowly
-    return type(layer) is nn.Linear and not (
+    return type(layer) is nn.Linear and is_unhooked(own) and not ("weight" in own or "bias" in own)
+
+
+def is_unhooked(own: dict[str, Any]) -> bool:
+    """Whether a call of the module with this `__dict__` is one of its class: no hooks, no other `forward`."""
+    return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        or "weight" in own
-        or "bias" in own
     )
 
 
@@ -285,12 +290,12 @@ class _JointWeight(NamedTuple):
         if any(layer.bias is not None for layer in layers):
             bias = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
             bias = torch.cat(bias)
-        if NO_BFLOAT16 and dtype == torch.bfloat16 and rows > 1:
+        if NO_BFLOAT16 and dtype == torch.bfloat16 and (rows > 1 or not ONEDNN_HAS_BFLOAT16):
             weight, bias = weight.float(), None if bias is None else bias.float()
         if _onednn_is_faster(dtype, rows):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         joint = cls(weight, bias, dtype, rows > 1, sizes, sources, [])
-        joint.checksums.extend(_checksum(parameter) for parameter in joint.parameters())
+        joint.checksums.extend(checksum(parameter) for parameter in joint.parameters())
         return joint
 
     @property
@@ -319,14 +324,14 @@ class _JointWeight(NamedTuple):
 
     def has_same_content(self) -> bool:
         """Whether the checksums are those of what was copied."""
-        return all(torch.equal(old, _checksum(p)) for old, p in zip(self.checksums, self.parameters()))
+        return all(torch.equal(old, checksum(p)) for old, p in zip(self.checksums, self.parameters()))
 
 
-def _checksum(parameter: torch.Tensor) -> torch.Tensor:
+def checksum(x: torch.Tensor) -> torch.Tensor:
     """Sums of every (D + 1)st number, D the last dimension, as integers and modulo a power of two: another number
-    changes them, and so does another order of rows or columns. Takes as long as reading the parameter."""
-    integer = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
-    bits, width = parameter.detach().flatten().view(integer), parameter.shape[-1] + 1
+    changes them, and so does another order of rows or columns. Takes as long as reading x."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits, width = x.detach().contiguous().flatten().view(integer), (x.shape[-1] if x.ndim else 1) + 1
     whole = bits.numel() // width * width
     return torch.cat([bits[:whole].view(-1, width).sum(0, dtype=integer), bits[whole:]])
 
@@ -342,7 +347,7 @@ class PackedWeights:
     `pack_for_decoding` or a pass with gradients. A copied or loaded model starts without.
 
     On a processor without bfloat16 the copy of a bfloat16 model is float32, twice as large, once several sequences
-    take a step together."""
+    take a step together; without AVX-512 also for one."""
 
     def __init__(self):
         self.joint: dict[tuple[int, ...], _JointWeight] = {}  # by the ids of the layers
@@ -361,7 +366,7 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        return sum(joint.nbytes for joint in self.joint.values())
+        return sum(joint.nbytes for joint in list(self.joint.values()))
 
     def find(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> _JointWeight | None:
         """The current copy of the weights of these layers; None where it does not pay, or they must be called."""
@@ -420,7 +425,7 @@ class PackedWeights:
         finally:
             self.calls -= 1
             if not self.calls and self.checked:  # layers that were replaced or wrapped are not asked for any more
-                self.joint = {key: joint for key, joint in self.joint.items() if key in self.checked}
+                self.joint = {key: joint for key, joint in list(self.joint.items()) if key in self.checked}
 
 
 class PackedWeightsMixin:
@@ -461,7 +466,7 @@ class PackedWeightsMixin:
     def _can_compile_steps(self) -> bool:
         config = self.config
         can_pack = ONEDNN and self.device.type == "cpu" and self.dtype in PACKED_DTYPES
-        return can_pack and config.block_family == "large" and not config.use_bias
+        return self.pack_in_generate and can_pack and config.block_family == "large" and not config.use_bias
 
     def unpack(self) -> None:
         """Drop the prepacked copy of the weights, and use none until `pack_for_decoding` or the next `generate`."""

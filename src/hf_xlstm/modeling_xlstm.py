@@ -228,11 +228,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
             inputs_embeds = self.embeddings(input_ids)
         batch_size, length = input_size(input_ids, inputs_embeds)
         mask = padding_mask(attention_mask, batch_size, length)
-        if cache is None and attention_mask is not None and attention_mask.shape[1] > length:
-            raise ValueError(
-                f"`attention_mask` has {attention_mask.shape[1]} columns for {length} tokens: more are for the tokens "
-                "that a `cache` has read, and there is none."
-            )
+        check_mask_columns(attention_mask, length, cache)
         cu_seqlens = packed_bounds(seq_idx, cu_seq_lens_q, position_ids, mask, inputs_embeds)
         if cu_seqlens is None:
             check_mask_values(attention_mask)
@@ -275,7 +271,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 piece = hidden_states[:, start : start + size]
                 pieces.append(self._run_blocks(piece, cache, piece_mask, None, whole))
             return torch.cat(pieces, dim=1)
-        if length == 1 and cache is not None and not torch.compiler.is_compiling():
+        if length == 1 and cache is not None and not whole and not torch.compiler.is_compiling():
             output = compiled_step(self, hidden_states, cache, mask)
             if output is not None:
                 return output
@@ -308,6 +304,15 @@ def padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: i
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     return None if is_readable(mask) and mask.all() else mask
+
+
+def check_mask_columns(attention_mask: torch.Tensor | None, length: int, cache: xLSTMCache | None) -> None:
+    """Raises ValueError for a mask of past tokens where nothing has read any."""
+    if cache is None and attention_mask is not None and attention_mask.shape[1] > length:
+        raise ValueError(
+            f"`attention_mask` has {attention_mask.shape[1]} columns for {length} tokens: more are for the tokens "
+            "that a `cache` has read, and there is none."
+        )
 
 
 def check_mask_values(attention_mask: torch.Tensor | None) -> None:
@@ -518,6 +523,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, xLSTMPreT
     logits (B, num_labels)."""
 
     base_model_prefix = "backbone"
+    accepts_loss_kwargs = False  # Trainer divides the mean of each batch by the batches of a step itself
 
     def __init__(self, config: xLSTMConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -577,6 +583,7 @@ class xLSTMForTokenClassification(GenericForTokenClassification, xLSTMPreTrained
     """An xLSTM with a linear classifier on every token: logits (B, T, num_labels)."""
 
     base_model_prefix = "backbone"
+    accepts_loss_kwargs = False
     forward = with_cache_name(GenericForTokenClassification.forward)
 
     def __init__(self, config: xLSTMConfig):
@@ -594,6 +601,7 @@ class xLSTMForQuestionAnswering(GenericForQuestionAnswering, xLSTMPreTrainedMode
     """An xLSTM that marks a span of its input: start_logits and end_logits (B, T)."""
 
     base_model_prefix = "backbone"
+    accepts_loss_kwargs = False
     forward = with_cache_name(GenericForQuestionAnswering.forward)
 
     def __init__(self, config: xLSTMConfig):

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .cache import CACHE_FILE, xLSTMCache
 from .files import locked
+from .linear import checksum
 
 
 logger = logging.get_logger(__name__)
@@ -304,24 +305,17 @@ def fingerprint(model: torch.nn.Module) -> str:
     whole: Any = model.config
     config = {name: x for name, x in whole.to_dict().items() if name not in NOT_COMPUTED_WITH}
     digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
+    if (export_id := getattr(model, "export_id", None)) is not None:  # an exported model has no parameters
+        digest.update(export_id.encode())
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(_checksum(x).cpu().numpy().data)
+        digest.update(checksum(x).cpu().numpy().data)
     for name, module in model.named_modules():
         active = getattr(module, "active_adapters", None)  # of a layer of PEFT; models have a method of that name
         if active is not None and not callable(active):
             facts = active, getattr(module, "disable_adapters", None), getattr(module, "scaling", None)
             digest.update(f"{name} {facts}".encode())
     return digest.hexdigest()
-
-
-def _checksum(x: torch.Tensor) -> torch.Tensor:
-    """Sums of every (D + 1)st number, D the last dimension, as integers and modulo a power of two: another number
-    changes them, and so does another order of rows or columns."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits, width = x.detach().contiguous().flatten().view(integer), (x.shape[-1] if x.ndim else 1) + 1
-    whole = bits.numel() // width * width
-    return torch.cat([bits[:whole].view(-1, width).sum(0, dtype=integer), bits[whole:]])
 
 
 __all__ = ["StateStore", "fingerprint"]

@@ -55,8 +55,12 @@ from .helpers.yardsticks import ByteNGram, lzma_bits_per_byte
 
 WORK = "checkpoints"  # in the output directory, until the training is complete
 CONFIGURATION = "run.json"
-# what a run leaves, and the next one in its place does not keep
-OUTPUTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "loss_curve.png", "report.md", WORK)
+# What a model and a run consist of, and the next one in their place does not keep. All else is the user's.
+OUTPUTS = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.*", "merges.txt"),
+    *("metrics.json", "loss_curve.png", "report.md", CONFIGURATION, WORK),
+)
 YARDSTICK_BYTES = 64 * 2**20  # of longer texts an n-gram model and lzma would take too long
 BYTES_PER_PARAMETER = 4 + 3 * 12  # the model, and three checkpoints with AdamW's moments
 
