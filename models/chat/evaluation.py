@@ -1,6 +1,6 @@
 """Measures the packed chat model on the held-out conversations, and draws its curve and that of the Llama beside it.
 
-    python models/chat/evaluation.py --run runs/chat --peer runs/chat-llama --text runs/chat-text --seconds 1199
+    python models/chat/evaluation.py --run runs/chat --peer runs/chat-llama --text runs/chat-text --seconds 5279
 
 It writes results.json and curve.png beside itself.
 """
@@ -25,7 +25,7 @@ from hf_xlstm_chat import path
 
 
 HERE = Path(__file__).parent
-LENGTH = 256  # tokens of a window, in training and for a model whose context is that
+LENGTH = 512  # tokens of a window, in training and for a model whose context is that
 SMOOTH = 10  # points of a training curve that one point of the picture is the mean of
 
 

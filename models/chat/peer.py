@@ -1,6 +1,6 @@
 """Trains a Llama of as many parameters as the chat model, on the same tokens in windows of the same length.
 
-    python models/chat/peer.py runs/chat-llama --tokenizer runs/chat --text runs/chat-text --seconds 1199 \\
+    python models/chat/peer.py runs/chat-llama --tokenizer runs/chat --text runs/chat-text --seconds 4070 \\
         --learning-rate 2e-3
 
 The same command again goes on from the last checkpoint.
@@ -25,7 +25,7 @@ from hf_xlstm.commands.helpers.tokens import Tokens, Windows, tokenise
 from hf_xlstm.commands.helpers.training import Budget, Progress, Run, RunTrainer, last_checkpoint, read_progress
 
 
-LENGTH = 256  # tokens of a window
+LENGTH = 512  # tokens of a window
 BATCH = 4  # windows of a step
 
 
