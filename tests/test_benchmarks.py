@@ -236,7 +236,7 @@ def test_table_of_exported_models(tmp_path):
     title, *_, header, _, eager, int8, _ = tables.exported_text(tmp_path)
     assert "AMD EPYC" in title and "`runs/quickstart`" in title
     assert header.startswith("| weights, runtime | decode, batch 1: hf_xlstm / Llama | MB of files")
-    assert eager == "| float32, PyTorch | 40 / 44 |  |  |  |  |"
+    assert eager == "| float32, PyTorch, not compiled | 40 / 44 |  |  |  |  |"
     assert int8 == "| int8, ONNX Runtime | 81 / – | 56 | 1.2 | 210 | 0.0012 |"
     baselines = {"hf_xlstm+eager-float32": 2.04}
     rows["decode/512x12/batch-1"]["peers"] = {

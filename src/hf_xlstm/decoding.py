@@ -33,6 +33,7 @@ from .layers import (
 )
 from .linear import PackedWeights, is_unhooked, packed_product
 from .pointwise import gated_head_norm, head_norm, rms_norm, soft_cap, swiglu
+from .versions import minor
 
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,9 @@ def compiled_step(model: Any, x: torch.Tensor, cache: xLSTMCache, mask: torch.Te
 def _compiled_stack() -> Callable:
     """A function of x and of what `_gather` returns for every block. TorchInductor compiles the code of each kind of
     block once. It looks at no sizes and strides, since a prepacked weight has none."""
-    regions = {step: torch.compiler.nested_compile_region(step) for step in (mlstm_step, slstm_step)}
+    # before PyTorch 2.13 a region forgets what is written by `out=`: there every block is compiled
+    nested = torch.compiler.nested_compile_region if minor(torch.__version__) >= (2, 13) else lambda step: step
+    regions = {step: nested(step) for step in (mlstm_step, slstm_step)}
 
     def stack(x: torch.Tensor, gathered: list[tuple[Callable, tuple]]) -> torch.Tensor:
         for step, inputs in gathered:

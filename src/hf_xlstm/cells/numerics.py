@@ -65,9 +65,14 @@ def is_readable(x: torch.Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.is_meta or is_fake(x) or is_batched(x))
 
 
+@torch.compiler.assume_constant_result  # no compiler before PyTorch 2.13 can look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which products keep their dtypes. Some devices, such as "meta", have no autocast to switch off."""
-    if torch.amp.is_autocast_available(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -15,7 +15,6 @@ Products run in the input dtype (float32 on processors without bfloat16), except
 the normalizer, where they cancel. Gates, states, sums and denominators are float32, or float64 for float64 input.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -575,6 +574,6 @@ def mlstm_step_torch(
         m = m_new
     q = q.to(m.dtype) * scale
     denominator = _denominator((q * n).sum(-1), m_new, eps)
-    with without_autocast(q.device) if torch.is_autocast_enabled(q.device.type) else contextlib.nullcontext():
+    with without_autocast(q.device):
         h = torch.bmm(q.flatten(0, 1).unsqueeze(1), c.flatten(0, 1)).view_as(v)
     return (h / denominator.unsqueeze(-1)).to(v.dtype), (c, n, m)
