@@ -33,7 +33,6 @@ from .state_store import StateStore, TextKeys, fingerprint, token_list
 
 logger = logging.get_logger(__name__)
 
-
 # Warpers that look at one row of scores and at nothing else, so that rows with equal ones can share a call.
 ROW_WISE = (
     EpsilonLogitsWarper,

@@ -234,7 +234,7 @@ def packed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return _onednn(x.float(), weight, bias).to(x.dtype)
 
 
-# The same for a compiler, which cannot look into prepacked weights. Not a `custom_op`: that takes 60 us to be called.
+# The same for a compiler, which cannot look into prepacked weights. Not a `custom_op`, which is slow to be called.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("packed_product", packed_product, "CompositeExplicitAutograd")
